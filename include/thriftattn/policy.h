@@ -1,0 +1,123 @@
+// Which precision each part of the KV cache is stored in and read with.
+//
+// A Policy is an ordered list of rules; each names the layers it applies to and sets some
+// fields. resolve() folds the rules into one LayerPolicy per layer, which is what the cache
+// and the attention read. Later rules win.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace thriftattn {
+
+// Storage formats of K and V (docs/formats.md has the byte maps).
+enum class Format : uint8_t {
+  f32,
+  bf16,
+  fp16,
+  fp8_e4m3,  // one FP32 scale per token and head
+  q8_0,      // ggml's block: 32 x int8, FP16 scale
+  q4_0,      // ggml's block: 32 x int4, FP16 scale
+  nvfp4,     // layered page; base plane, residual plane by residency
+  nvfp4x2,   // layered page; base and residual always read
+};
+
+// Whether pages of this format have planes (base, residual, summary) and an open page.
+constexpr bool is_layered(Format f) { return f == Format::nvfp4 || f == Format::nvfp4x2; }
+
+// Where the residual plane of a sealed nvfp4 page lives.
+enum class Residency : uint8_t {
+  device,   // kept: any query may promote the page
+  dropped,  // freed when the page leaves `recent`; the first `sinks` tokens keep theirs
+};
+
+enum class PromoteRule : uint8_t {
+  mass,    // by the attention mass the page holds for the query (DESIGN section 6)
+  budget,  // the best `budget` of the pages by a score known before attention
+};
+
+enum class BlockScore : uint8_t {
+  mean,    // mean over the group's queries of q . mean(K of page)
+  oracle,  // the page's true attention mass (needs every plane; for comparison only)
+};
+
+// What one layer does. All fields are meaningful after resolve().
+struct LayerPolicy {
+  Format k_format = Format::bf16;
+  Format v_format = Format::bf16;
+  PromoteRule rule = PromoteRule::mass;
+  double promote = 1.0;  // mass above which a page is read with its residual; 1 = never
+  double skip = 0.0;     // mass up to which a page's V codes are not read; 0 = never
+  double budget = 0.0;   // PromoteRule::budget: fraction of the visible complete pages
+  BlockScore score = BlockScore::mean;
+  Residency residency = Residency::device;
+  int64_t sinks = 0;   // tokens at the start whose residual is never dropped
+  int64_t recent = 0;  // tokens at the end whose residual is never dropped
+  bool rotate = true;  // K only, layered formats: Hadamard rotation
+  bool center = true;  // layered formats: subtract the page mean (K and V)
+  bool equalize = true;  // K only, layered formats: apply the model's equaliser if there is one
+
+  bool operator==(const LayerPolicy&) const = default;
+};
+
+// The layers a rule applies to.
+struct LayerSelector {
+  enum class Kind : uint8_t { all, range, first, last, sliding_window };
+  Kind kind = Kind::all;
+  int64_t begin = 0;  // range: first layer; first/last: unused
+  int64_t end = 0;    // range: one past the last layer; first/last: the count
+
+  bool operator==(const LayerSelector&) const = default;
+};
+
+// A rule sets the fields it has.
+struct PolicyRule {
+  LayerSelector layers;
+  std::optional<Format> k_format, v_format;
+  std::optional<PromoteRule> rule;
+  std::optional<double> promote, skip, budget;
+  std::optional<BlockScore> score;
+  std::optional<Residency> residency;
+  std::optional<int64_t> sinks, recent;
+  std::optional<bool> rotate, center, equalize;
+
+  bool operator==(const PolicyRule&) const = default;
+};
+
+struct Policy {
+  std::string name;  // what reports call it
+  std::vector<PolicyRule> rules;
+
+  bool operator==(const Policy&) const = default;
+};
+
+// The facts of the model that selectors need.
+struct PolicyContext {
+  int64_t layers = 0;
+  std::vector<bool> sliding_window;  // per layer; empty = none
+};
+
+// One LayerPolicy per layer. Sliding-window layers of a layered policy default to nvfp4x2
+// (before explicit `sliding_window` rules). Throws Error naming what is wrong.
+std::vector<LayerPolicy> resolve(const Policy& policy, const PolicyContext& context);
+
+// Names accepted by parse_policy, in the order of the documentation.
+const std::vector<std::string>& preset_names();
+Policy preset(std::string_view name);
+
+// `text` is a preset name, a preset with changes ("balanced,promote=0.05,recent=256"),
+// selectors with formats ("0-3:fp8,4-35:nvfp4", "balanced,first:2:bf16"), a JSON object
+// (starts with '{'), or "@FILE" naming a JSON file.
+Policy parse_policy(std::string_view text);
+std::string policy_to_json(const Policy& policy);
+
+std::string_view to_string(Format format);
+std::optional<Format> parse_format(std::string_view name);  // accepts aliases: fp8, int8, int4, ...
+
+// What will really run for these layers, one line a layer group.
+std::string explain(const std::vector<LayerPolicy>& layers);
+
+}  // namespace thriftattn

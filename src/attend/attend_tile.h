@@ -1,0 +1,92 @@
+// One tile of attention: the query heads of one KV head's group at one or more positions of one
+// page, over every page they see. Two phases over fixed splits of pages: scores from the base
+// planes, then - with the LSE over everything visible - each page's mass decides its precision
+// and P.V is accumulated. Splits meet only in finish(), through softmax_state.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attend/softmax_state.h"
+#include "attend/tile_kernels.h"
+#include "cache/kv_cache_impl.h"
+#include "precision/mass_rule.h"
+#include "thriftattn/attention.h"
+
+namespace thriftattn {
+
+// Pages per split: a constant of the absolute page index, so that results depend neither on
+// the number of threads nor on what else is attended.
+inline constexpr int64_t kSplitPages = 32;
+
+struct TileSpec {
+  int64_t kv_head = 0;
+  int64_t first_query = 0;  // index into the request's q
+  int64_t positions = 0;    // consecutive tokens, all in one page
+  int64_t first_token = 0;  // token index of first_query
+};
+
+class AttendTile {
+ public:
+  AttendTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec);
+
+  int64_t splits() const { return split_end_ - split_begin_; }
+  void score(int64_t split);       // phase 1, independent across splits
+  void combine();                  // after every score()
+  void accumulate(int64_t split);  // phase 2, independent across splits
+  void finish(AttendStats* stats);  // writes out and lse
+
+ private:
+  using Buffer = std::unique_ptr<float[]>;
+
+  struct SplitState {
+    std::vector<float> base_m, base_l;  // [cols] over base scores
+    std::vector<float> m, l;            // [cols] over final scores
+    Buffer o;                           // [cols][head_dim_v]
+  };
+
+  int64_t page_first(int64_t split) const;
+  int64_t page_last(int64_t split) const;
+  bool is_sealed(int64_t page) const { return page < open_from_; }
+  int64_t page_tokens(int64_t page) const;  // tokens of the page held so far
+  float* scores(int64_t page) { return scores_.get() + (page - page_begin_) * kPageTokens * cols_; }
+  PageRead& read(int64_t page, int64_t i) {
+    return reads_[static_cast<size_t>((page - page_begin_) * spec_.positions + i)];
+  }
+  const float* sink(int64_t group_head) const;
+
+  void load_queries();
+  void load_k(int64_t page, float* k, std::vector<float>& offset) const;
+  void load_v(int64_t page, float* v) const;
+  void mask(int64_t page, float* s) const;
+  ScoreBlock capped_scores(int64_t page, float* s, std::vector<float>& copy) const;
+  void score_with_residual(const std::vector<int64_t>& columns, const float* residual,
+                           float* s) const;
+  void choose_by_budget();
+  void decide(int64_t page, const float* mass);
+  std::vector<int64_t> columns_of(int64_t page, PageRead kind);
+  void accumulate_v(int64_t page, SplitState& state, float* p, const float* page_sum,
+                    std::vector<float>& v);
+  void add_stats(AttendStats& stats, const std::vector<float>& lse);
+
+  const LayerView& view_;
+  const AttendRequest& request_;
+  const LayerStore& store_;
+  TileSpec spec_;
+  int64_t group_, rows_, cols_;  // rows = positions * group; cols = rows padded to lanes
+  int64_t page_begin_, page_end_, open_from_;
+  int64_t split_begin_, split_end_;
+  Buffer queries_;  // [head_dim_k][cols], transformed as K is, times softmax_scale
+  Buffer scores_;   // [pages][64][cols], before the softcap
+  std::vector<PageRead> reads_;        // [pages][positions]
+  std::vector<uint8_t> budget_choice_;  // [positions][pages]: PromoteRule::budget
+  std::vector<float> page_offset_;     // [pages][cols]: q'.mean, for the block-mean score
+  std::vector<float> page_lse_full_;   // [pages][cols]: for the oracle
+  std::vector<float> page_mass_;       // [pages][cols]: base mass
+  std::vector<float> page_sum_;        // [pages][cols]: sum of P, against the split's m
+  std::vector<float> lse_base_;        // [cols]
+  std::vector<SplitState> states_;
+};
+
+}  // namespace thriftattn

@@ -1,0 +1,193 @@
+// Staging the tokens of a step in one layer: checks, K's transform, the open form, sealing.
+#include <fmt/format.h>
+#include <tbb/parallel_for.h>
+
+#include <cmath>
+#include <vector>
+
+#include "base/float_convert.h"
+#include "cache/kv_cache_impl.h"
+#include "cache/page_codec.h"
+#include "formats/k_transform.h"
+#include "formats/row_codec.h"
+#include "thriftattn/error.h"
+
+namespace thriftattn {
+namespace {
+
+// The largest magnitude a format's scale or value can hold; larger would become Inf silently.
+float format_limit(Format format) {
+  constexpr float kFp16Max = 65504.0f;
+  constexpr float kBf16Max = 3.3895313892515355e38f;
+  switch (format) {
+    case Format::fp16:
+      return kFp16Max;
+    case Format::q8_0:
+      return kFp16Max * 127.0f;
+    case Format::q4_0:
+      return kFp16Max * 8.0f;
+    case Format::bf16:
+    case Format::nvfp4:
+    case Format::nvfp4x2:
+      return kBf16Max;
+    default:
+      return 3.4028234663852886e38f;
+  }
+}
+
+void check_values(const char* side, int64_t layer, int64_t first_token, Format format,
+                  TensorView<const float> x) {
+  const float limit = format_limit(format);
+  for (int64_t t = 0; t < x.tokens; ++t) {
+    for (int64_t h = 0; h < x.heads; ++h) {
+      const float* row = x.row(t, h);
+      float worst = 0;
+      bool finite = true;
+      for (int64_t d = 0; d < x.head_dim; ++d) {
+        const float a = std::fabs(row[d]);
+        finite &= a <= limit;  // false for NaN too
+        worst = a > worst ? a : worst;
+      }
+      if (finite) continue;
+      throw Error(ErrorCode::non_finite,
+                  fmt::format("{} of layer {}, KV head {}, token {} holds NaN, Inf or a value beyond "
+                              "{}'s range (largest magnitude {}); the step was not stored: check "
+                              "the model's weights",
+                              side, layer, h, first_token + t, to_string(format), worst));
+    }
+  }
+}
+
+void check_shape(const char* side, const TensorView<const float>& x, int64_t tokens,
+                 int64_t heads, int64_t dim) {
+  if (x.data == nullptr || x.tokens != tokens || x.heads != heads || x.head_dim != dim) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("append: {} is [{}][{}][{}]{}, this step and layer need [{}][{}][{}]",
+                            side, x.tokens, x.heads, x.head_dim,
+                            x.data == nullptr ? " at a null pointer" : "", tokens, heads, dim));
+  }
+}
+
+// One KV head of the tokens [t0, t1) of one page.
+struct Segment {
+  int64_t head;
+  int64_t page_token;  // position of the first token in its page
+  int64_t step_token;  // position of the first token in the step
+  int64_t tokens;
+};
+
+void stage_layered(const LayerStore& store, const Segment& s, TensorView<const float> k,
+                   TensorView<const float> v, OpenPage& open) {
+  if (store.layout.k.layered) {
+    const int64_t dim = store.layout.k.dim;
+    const float* eq = store.equalizer.empty() ? nullptr : &store.equalizer[s.head * dim];
+    std::vector<float> x(static_cast<size_t>(s.tokens * dim));
+    equalize_rotate_rows(k.row(s.step_token, s.head), k.token_stride, s.tokens, dim, eq, false,
+                         store.policy.rotate, x.data(), dim);
+    const uint16_t* ref = &open.k_reference[static_cast<size_t>(s.head * dim)];
+    uint16_t* out = &open.k[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t d = 0; d < dim; ++d) {
+        out[t * dim + d] = f32_to_bf16(x[static_cast<size_t>(t * dim + d)] - bf16_to_f32(ref[d]));
+      }
+    }
+  }
+  if (store.layout.v.layered) {
+    const int64_t dim = store.layout.v.dim;
+    uint16_t* out = &open.v[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      const float* row = v.row(s.step_token + t, s.head);
+      for (int64_t d = 0; d < dim; ++d) out[t * dim + d] = f32_to_bf16(row[d]);
+    }
+  }
+}
+
+void store_plain(const SideLayout& side, const Segment& s, TensorView<const float> x,
+                 uint8_t* head) {
+  encode_rows(side.format, x.row(s.step_token, s.head), s.tokens, side.dim, x.token_stride,
+              head + side.rows + s.page_token * side.row_bytes, side.row_bytes);
+}
+
+void seal(const LayerStore& store, int64_t head, const OpenPage& open, uint8_t* slot,
+          uint8_t* residual) {
+  const PageLayout& layout = store.layout;
+  uint8_t* planes = slot + head * layout.head_bytes;
+  page_meta(layout, planes) = PageMeta{};
+  if (layout.k.layered) {
+    const size_t at = static_cast<size_t>(head * layout.k.dim);
+    encode_page_k(layout, {&open.k[at * kPageTokens], &open.k_reference[at]}, store.policy.center,
+                  planes, residual);
+  }
+  if (layout.v.layered) {
+    const size_t at = static_cast<size_t>(head * layout.v.dim);
+    encode_page_v(layout, {&open.v[at * kPageTokens], nullptr}, store.policy.center, planes,
+                  residual);
+  }
+}
+
+}  // namespace
+
+uint8_t* KvCache::Impl::writable_page(LayerStore& store, LayerSequence& seq, int64_t page) {
+  if (static_cast<int64_t>(seq.pages.size()) <= page) {
+    seq.pages.resize(static_cast<size_t>(page + 1), kNoPage);
+    seq.residuals.resize(static_cast<size_t>((page + 1) * store.layout.kv_heads), kNoPage);
+  }
+  int32_t& id = seq.pages[static_cast<size_t>(page)];
+  if (id == kNoPage) {
+    id = store.pages.acquire();
+  } else if (store.pages.refs(id) > 1) {  // copy on write
+    const int32_t copy = store.pages.acquire();
+    std::copy_n(store.pages.data(id), store.layout.slot_bytes, store.pages.data(copy));
+    store.pages.release(id);
+    id = copy;
+  }
+  return store.pages.data(id);
+}
+
+void KvCache::Impl::append(Sequence& seq, int64_t layer, TensorView<const float> k,
+                           TensorView<const float> v) {
+  LayerStore& store = layers[static_cast<size_t>(layer)];
+  LayerSequence& state = seq.layers[static_cast<size_t>(layer)];
+  const PageLayout& layout = store.layout;
+  if (state.staged > 0) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("append: layer {} already has this step's tokens", layer));
+  }
+  check_shape("k", k, seq.step_tokens, layout.kv_heads, layout.k.dim);
+  check_shape("v", v, seq.step_tokens, layout.kv_heads, layout.v.dim);
+  check_values("K", layer, seq.length, layout.k.format, k);
+  check_values("V", layer, seq.length, layout.v.format, v);
+
+  const int64_t end = seq.length + seq.step_tokens;
+  for (int64_t begin = seq.length; begin < end;) {
+    const int64_t page = begin / kPageTokens;
+    const int64_t page_end = std::min((page + 1) * kPageTokens, end);
+    const bool full = page_end % kPageTokens == 0;
+    OpenPage* open = nullptr;
+    if (layout.any_layered()) open = &open_page(store, state, page);
+    uint8_t* slot = layout.any_plain() || full ? writable_page(store, state, page) : nullptr;
+    std::vector<uint8_t*> residual(static_cast<size_t>(layout.kv_heads), nullptr);
+    if (full && layout.any_layered()) {
+      for (int64_t h = 0; h < layout.kv_heads; ++h) {
+        int32_t& id = state.residuals[static_cast<size_t>(page * layout.kv_heads + h)];
+        id = store.residuals.acquire();
+        residual[static_cast<size_t>(h)] = store.residuals.data(id);
+      }
+      if (page == state.reopened_page) {
+        ++reencoded_pages;
+        state.reopened_page = -1;
+      }
+    }
+    tbb::parallel_for(int64_t{0}, layout.kv_heads, [&](int64_t h) {
+      const Segment s{h, begin % kPageTokens, begin - seq.length, page_end - begin};
+      if (open) stage_layered(store, s, k, v, *open);
+      if (!layout.k.layered) store_plain(layout.k, s, k, slot + h * layout.head_bytes);
+      if (!layout.v.layered) store_plain(layout.v, s, v, slot + h * layout.head_bytes);
+      if (open && full) seal(store, h, *open, slot, residual[static_cast<size_t>(h)]);
+    });
+    begin = page_end;
+  }
+  state.staged = seq.step_tokens;
+}
+
+}  // namespace thriftattn

@@ -1,0 +1,75 @@
+// The state behind KvCache, shared by its source files and read by attend().
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "cache/sequence_state.h"
+#include "thriftattn/kv_cache.h"
+
+namespace thriftattn {
+
+struct KvCache::Impl {
+  explicit Impl(KvCacheConfig config);
+
+  KvCacheConfig config;
+  ByteBudget budget;
+  std::vector<LayerStore> layers;
+  std::unordered_map<SequenceId, Sequence> sequences;
+  SequenceId next_id = 1;
+  int64_t reencoded_pages = 0;
+
+  Sequence& sequence(SequenceId id);
+  const Sequence& sequence(SequenceId id) const;
+
+  // Transforms, checks and stages tokens; seals pages that become full (append.cc).
+  void append(Sequence& seq, int64_t layer, TensorView<const float> k, TensorView<const float> v);
+  // Makes `length` tokens the committed content and forgets every later one.
+  void settle(Sequence& seq, int64_t length);
+  // Frees what the policy no longer keeps once `length` tokens are committed.
+  void release_behind(Sequence& seq, int64_t length);
+  void truncate(Sequence& seq, int64_t length);
+  void release_pages(LayerStore& store, LayerSequence& seq, int64_t first_page);
+  // The slot of page `page`, exclusively owned: allocated, or copied when it is shared.
+  uint8_t* writable_page(LayerStore& store, LayerSequence& seq, int64_t page);
+  OpenPage& open_page(LayerStore& store, LayerSequence& seq, int64_t page);
+  void drop_open(LayerSequence& seq, int64_t first_kept, int64_t end_kept);
+};
+
+// What attention reads of one layer of one sequence, the open step's tokens included.
+class LayerView {
+ public:
+  LayerView(const LayerStore& store, const LayerSequence& seq, int64_t committed)
+      : store_(&store), seq_(&seq), committed_(committed) {}
+
+  const LayerStore& store() const { return *store_; }
+  int64_t length() const { return committed_ + seq_->staged; }
+  int64_t committed() const { return committed_; }
+
+  // The head's planes in page `page`; nullptr when the page has no slot.
+  const uint8_t* head(int64_t page, int64_t kv_head) const {
+    if (page >= static_cast<int64_t>(seq_->pages.size())) return nullptr;
+    const int32_t id = seq_->pages[static_cast<size_t>(page)];
+    if (id == kNoPage) return nullptr;
+    return store_->pages.data(id) + kv_head * store_->layout.head_bytes;
+  }
+  const uint8_t* residual(int64_t page, int64_t kv_head) const {
+    const size_t at = static_cast<size_t>(page * store_->layout.kv_heads + kv_head);
+    if (at >= seq_->residuals.size() || seq_->residuals[at] == kNoPage) return nullptr;
+    return store_->residuals.data(seq_->residuals[at]);
+  }
+  const OpenPage* open(int64_t page) const {
+    const int64_t at = page - seq_->first_open;
+    if (at < 0 || at >= static_cast<int64_t>(seq_->open.size())) return nullptr;
+    return &seq_->open[static_cast<size_t>(at)];
+  }
+
+ private:
+  const LayerStore* store_;
+  const LayerSequence* seq_;
+  int64_t committed_;
+};
+
+}  // namespace thriftattn

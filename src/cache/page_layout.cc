@@ -1,0 +1,91 @@
+// Where the planes of a page lie (page_layout.h).
+#include "cache/page_layout.h"
+
+#include <fmt/format.h>
+
+#include "formats/nvfp4.h"
+#include "formats/row_codec.h"
+#include "thriftattn/error.h"
+
+namespace thriftattn {
+namespace {
+
+// Planes start on 64-byte lines: an aligned vector load never straddles two.
+constexpr int64_t kPlaneAlignment = 64;
+
+int64_t aligned(int64_t n) { return (n + kPlaneAlignment - 1) / kPlaneAlignment * kPlaneAlignment; }
+
+void check_dim(const char* name, int64_t dim) {
+  if (dim < 32 || dim > 256 || dim % 16 != 0) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("{} = {}: supported are multiples of 16 from 32 to 256", name, dim));
+  }
+}
+
+void check_row_format(const char* name, Format format, int64_t dim) {
+  if ((format == Format::q8_0 || format == Format::q4_0) && dim % 32 != 0) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("{} format {} needs a head_dim that is a multiple of 32, got {}", name,
+                            to_string(format), dim));
+  }
+}
+
+}  // namespace
+
+PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) {
+  if (shape.kv_heads < 1 || shape.q_heads < 1 || shape.q_heads % shape.kv_heads != 0) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("q_heads = {} must be a positive multiple of kv_heads = {}",
+                            shape.q_heads, shape.kv_heads));
+  }
+  check_dim("head_dim_k", shape.head_dim_k);
+  check_dim("head_dim_v", shape.head_dim_v);
+  check_row_format("K", policy.k_format, shape.head_dim_k);
+  check_row_format("V", policy.v_format, shape.head_dim_v);
+
+  PageLayout layout;
+  layout.kv_heads = shape.kv_heads;
+  int64_t at = 0;
+  int64_t res_at = 0;
+  const auto place = [&](SideLayout& side, Format format, int64_t dim) {
+    side.format = format;
+    side.layered = is_layered(format);
+    side.dim = dim;
+    if (side.layered) {
+      const int64_t codes_bytes = nvfp4_codes_bytes(dim);
+      const int64_t scales_bytes = nvfp4_scales_bytes(dim);
+      side.codes = at;
+      at = aligned(at + codes_bytes);
+      side.scales = at;
+      at = aligned(at + scales_bytes);
+      side.mean = at;
+      at = aligned(at + 2 * dim);
+      side.res_codes = res_at;
+      res_at = aligned(res_at + codes_bytes);
+      side.res_scales = res_at;
+      res_at = aligned(res_at + scales_bytes);
+      side.base_bytes = codes_bytes + scales_bytes;
+      side.residual_bytes = side.base_bytes;
+      layout.base_bytes += side.base_bytes;
+    } else {
+      side.row_bytes = row_bytes(format, dim);
+      side.rows = at;
+      at = aligned(at + kPageTokens * side.row_bytes);
+      layout.plain_bytes += aligned(kPageTokens * side.row_bytes);
+    }
+  };
+  place(layout.k, policy.k_format, shape.head_dim_k);
+  place(layout.v, policy.v_format, shape.head_dim_v);
+  if (layout.any_layered()) {
+    layout.meta = at;
+    at = aligned(at + static_cast<int64_t>(sizeof(PageMeta)));
+  }
+  layout.head_bytes = at;
+  layout.slot_bytes = at * shape.kv_heads;
+  layout.residual_bytes = res_at;
+  // Alignment is counted where it is spent: with the summary.
+  layout.summary_bytes = layout.head_bytes - layout.base_bytes - layout.plain_bytes;
+  return layout;
+}
+
+}  // namespace thriftattn

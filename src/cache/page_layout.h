@@ -1,0 +1,51 @@
+// Where the planes of a page lie (docs/formats.md). One slot of the page pool holds the base
+// planes, summaries and plain rows of all KV heads of a layer; one slot of the residual pool
+// holds the residual planes of one (page, KV head).
+#pragma once
+
+#include <cstdint>
+
+#include "thriftattn/kv_cache.h"
+#include "thriftattn/policy.h"
+
+namespace thriftattn {
+
+// Facts recorded by the encoder, FP32. "both" is base + residual.
+struct PageMeta {
+  float k_scale = 1, v_scale = 1;          // page scales of the base planes
+  float k_res_scale = 1, v_res_scale = 1;  // page scales of the residual planes
+  float k_error = 0, v_error = 0;          // RMS of x - decode(base)
+  float k_error_both = 0, v_error_both = 0;
+  float k_mean_norm = 0;  // L2 norm of the mean of the decoded base K'
+};
+static_assert(sizeof(PageMeta) == 36, "metadata is at most 48 bytes a page (DESIGN section 11)");
+
+// One side (K or V) of one KV head in a page slot; offsets are from the head's start.
+struct SideLayout {
+  Format format = Format::bf16;
+  bool layered = false;
+  int64_t dim = 0;
+  int64_t codes = 0, scales = 0, mean = 0;          // layered: base plane and summary
+  int64_t res_codes = 0, res_scales = 0;            // layered: offsets in a residual slot
+  int64_t rows = 0, row_bytes = 0;                  // plain: [64] rows
+  int64_t base_bytes = 0, residual_bytes = 0;       // codes and scales
+};
+
+struct PageLayout {
+  int64_t kv_heads = 0;
+  SideLayout k, v;
+  int64_t meta = 0;            // offset of PageMeta; only with a layered side
+  int64_t head_bytes = 0;      // stride between KV heads in a slot
+  int64_t slot_bytes = 0;      // kv_heads * head_bytes
+  int64_t residual_bytes = 0;  // slot size of the residual pool; 0 = no residual plane
+  // Per KV head, of a slot: what usage() reports.
+  int64_t base_bytes = 0, summary_bytes = 0, plain_bytes = 0;
+
+  bool any_layered() const { return k.layered || v.layered; }
+  bool any_plain() const { return !k.layered || !v.layered; }
+};
+
+// Throws Error(unsupported / invalid_argument) for shapes that no page can hold.
+PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy);
+
+}  // namespace thriftattn

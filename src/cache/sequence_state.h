@@ -1,0 +1,54 @@
+// What one sequence holds in one layer: block tables into the pools, and the open pages.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/page_layout.h"
+#include "cache/slot_pool.h"
+
+namespace thriftattn {
+
+// The 16-bit form of one page's tokens on the layered sides: V, and T.K minus a reference that
+// is fixed when the page opens (the previous page's stored mean; 0 for the first page).
+// [kv_heads][64][dim]; the reference is [kv_heads][head_dim_k].
+struct OpenPage {
+  std::vector<uint16_t> k, v, k_reference;
+
+  int64_t bytes() const {
+    return static_cast<int64_t>((k.size() + v.size() + k_reference.size()) * sizeof(uint16_t));
+  }
+};
+
+struct LayerSequence {
+  // pages[j] is the slot of page j, or kNoPage: not sealed yet, or behind the sliding window.
+  std::vector<int32_t> pages;
+  // residuals[j * kv_heads + head], or kNoPage: dropped.
+  std::vector<int32_t> residuals;
+  // Open forms of pages first_open .. first_open + open.size() - 1. Outside a step at most one.
+  std::vector<OpenPage> open;
+  int64_t first_open = 0;
+  int64_t staged = 0;          // tokens appended by the open step
+  int64_t reopened_page = -1;  // a page decoded into the open form by truncate()
+  // Pages below these have been looked at by release_behind() already.
+  int64_t residual_floor = 0, window_floor = 0;
+};
+
+inline constexpr int32_t kNoPage = -1;
+
+struct LayerStore {
+  LayerShape shape;
+  LayerPolicy policy;
+  PageLayout layout;
+  std::vector<float> equalizer;  // [kv_heads][head_dim_k], empty = 1
+  SlotPool pages;
+  SlotPool residuals;
+};
+
+struct Sequence {
+  std::vector<LayerSequence> layers;
+  int64_t length = 0;       // committed tokens
+  int64_t step_tokens = 0;  // > 0: a step is open
+};
+
+}  // namespace thriftattn

@@ -1,0 +1,246 @@
+// Chat forms. They are recognised by the control tokens that the file's template mentions.
+#include "engine/chat_template.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "thriftattn/error.h"
+
+namespace thriftattn {
+namespace {
+
+std::string_view trim(std::string_view text) {
+  constexpr std::string_view kSpace = " \t\r\n\f\v";
+  const size_t begin = text.find_first_not_of(kSpace);
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(kSpace) - begin + 1);
+}
+
+// Collects pieces; neighbouring texts become one, because words may span them.
+class Builder {
+ public:
+  explicit Builder(ChatForm form) { chat_.form = form; }
+  void special(std::string_view token) {
+    chat_.pieces.push_back({std::string(token), true});
+    chat_.parse_special = true;
+  }
+  void text(std::string_view text) {
+    if (text.empty()) return;
+    if (chat_.pieces.empty() || chat_.pieces.back().special) chat_.pieces.push_back({});
+    chat_.pieces.back().text += text;
+  }
+  FormattedChat take() { return std::move(chat_); }
+
+ private:
+  FormattedChat chat_;
+};
+
+// Folds documents into the user messages that follow them, and checks the roles.
+std::vector<ChatMessage> fold_documents(const std::vector<ChatMessage>& messages) {
+  std::vector<ChatMessage> out;
+  std::string document;
+  for (const ChatMessage& m : messages) {
+    if (m.role == "document") {
+      document += m.content + "\n\n";
+    } else if (m.role == "user") {
+      out.push_back({m.role, std::exchange(document, {}) + m.content});
+    } else if (m.role == "system" || m.role == "assistant") {
+      out.push_back(m);
+    } else {
+      throw Error(ErrorCode::invalid_argument,
+                  "role '" + printable(m.role) +
+                      "' of a chat message is not known; use system, user, assistant or document");
+    }
+  }
+  if (!document.empty()) out.push_back({"user", std::string(trim(document))});
+  return out;
+}
+
+FormattedChat plain(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+  Builder b(ChatForm::plain);
+  for (const ChatMessage& m : messages) {
+    if (m.role == "user") {
+      b.text("Question: ");
+      b.text(m.content);
+      b.text("\n");
+    } else if (m.role == "assistant") {
+      b.text("Answer: ");
+      b.text(m.content);
+      b.text("\n\n");
+    } else {
+      b.text(m.content);
+      b.text("\n\n");
+    }
+  }
+  if (add_generation_prompt) b.text("Answer:");
+  return b.take();
+}
+
+FormattedChat chatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+  Builder b(ChatForm::chatml);
+  for (const ChatMessage& m : messages) {
+    b.special("<|im_start|>");
+    b.text(m.role + "\n" + m.content);
+    b.special("<|im_end|>");
+    b.text("\n");
+  }
+  if (add_generation_prompt) {
+    b.special("<|im_start|>");
+    b.text("assistant\n");
+  }
+  return b.take();
+}
+
+FormattedChat llama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+  Builder b(ChatForm::llama3);
+  const auto header = [&](std::string_view role) {
+    b.special("<|start_header_id|>");
+    b.text(role);
+    b.special("<|end_header_id|>");
+    b.text("\n\n");
+  };
+  for (const ChatMessage& m : messages) {
+    header(m.role);
+    b.text(trim(m.content));
+    b.special("<|eot_id|>");
+  }
+  if (add_generation_prompt) header("assistant");
+  return b.take();
+}
+
+FormattedChat gemma(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+  Builder b(ChatForm::gemma);
+  std::string system;  // has no turn of its own: it begins the next user turn
+  for (const ChatMessage& m : messages) {
+    if (m.role == "system") {
+      system += std::string(trim(m.content)) + "\n\n";
+      continue;
+    }
+    b.special("<start_of_turn>");
+    b.text(m.role == "assistant" ? "model\n" : "user\n");
+    if (m.role == "user") b.text(std::exchange(system, {}));
+    b.text(trim(m.content));
+    b.special("<end_of_turn>");
+    b.text("\n");
+  }
+  if (add_generation_prompt) {
+    b.special("<start_of_turn>");
+    b.text("model\n");
+  }
+  return b.take();
+}
+
+// The system message that a ChatML template writes if none is given: the literal text between
+// "<|im_start|>system\n" (with the line break as Jinja escapes it) and "<|im_end|>".
+std::string_view default_system_of(std::string_view chat_template) {
+  constexpr std::string_view kBegin = "<|im_start|>system";
+  for (size_t at = 0; (at = chat_template.find(kBegin, at)) != std::string_view::npos;) {
+    at += kBegin.size();
+    std::string_view rest = chat_template.substr(at);
+    if (rest.starts_with("\\n")) {
+      rest.remove_prefix(2);
+    } else if (rest.starts_with("\n")) {
+      rest.remove_prefix(1);
+    }
+    const std::string_view text = rest.substr(0, rest.find("<|im_end|>"));
+    const bool literal =
+        text.size() < rest.size() && text.find_first_of("{}'\"+\\\n") == std::string_view::npos;
+    if (literal && !text.empty()) return text;
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string FormattedChat::text() const {
+  std::string all;
+  for (const ChatPiece& piece : pieces) all += piece.text;
+  return all;
+}
+
+ChatForm detect_chat_form(const GgufFile& file) {
+  const std::string_view t = file.find_string("tokenizer.chat_template").value_or("");
+  const auto mentions = [&](std::string_view token) {
+    return t.find(token) != std::string_view::npos;
+  };
+  if (mentions("<|im_start|>")) return ChatForm::chatml;
+  if (mentions("<|start_header_id|>")) return ChatForm::llama3;
+  if (mentions("<start_of_turn>")) return ChatForm::gemma;
+  // A file without a template is of a base model, unless its name says that it was tuned.
+  if (!t.empty()) return ChatForm::plain;
+  std::string name;
+  for (const char* key : {"general.name", "general.finetune", "general.basename"}) {
+    name += " " + std::string(file.find_string(key).value_or(""));
+  }
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+  name += " ";
+  const bool tuned =
+      name.find("instruct") != std::string::npos || name.find("chat") != std::string::npos ||
+      name.find(" it ") != std::string::npos || name.find("-it ") != std::string::npos;
+  const std::string_view architecture = file.find_string("general.architecture").value_or("");
+  if (!tuned) return ChatForm::plain;
+  if (architecture == "gemma3") return ChatForm::gemma;
+  if (architecture == "qwen2" || architecture == "qwen3") return ChatForm::chatml;
+  if (architecture == "llama" &&
+      file.find_string("tokenizer.ggml.pre").value_or("") == "llama-bpe") {
+    return ChatForm::llama3;
+  }
+  return ChatForm::plain;
+}
+
+std::string_view chat_form_name(ChatForm form) {
+  switch (form) {
+    case ChatForm::chatml:
+      return "chatml";
+    case ChatForm::llama3:
+      return "llama3";
+    case ChatForm::gemma:
+      return "gemma";
+    case ChatForm::plain:
+      break;
+  }
+  return "plain";
+}
+
+FormattedChat format_chat(ChatForm form, const std::vector<ChatMessage>& messages,
+                          bool add_generation_prompt, std::string_view default_system) {
+  std::vector<ChatMessage> folded = fold_documents(messages);
+  switch (form) {
+    case ChatForm::chatml:
+      if (!default_system.empty() && (folded.empty() || folded[0].role != "system")) {
+        folded.insert(folded.begin(), {"system", std::string(default_system)});
+      }
+      return chatml(folded, add_generation_prompt);
+    case ChatForm::llama3:
+      return llama3(folded, add_generation_prompt);
+    case ChatForm::gemma:
+      return gemma(folded, add_generation_prompt);
+    case ChatForm::plain:
+      break;
+  }
+  return plain(messages, add_generation_prompt);
+}
+
+FormattedChat format_chat(const GgufFile& file, const std::vector<ChatMessage>& messages,
+                          bool add_generation_prompt) {
+  return format_chat(detect_chat_form(file), messages, add_generation_prompt,
+                     default_system_of(file.find_string("tokenizer.chat_template").value_or("")));
+}
+
+std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, const FormattedChat& chat) {
+  std::vector<int32_t> tokens = tokenizer.encode("");
+  for (const ChatPiece& piece : chat.pieces) {
+    const auto part =
+        tokenizer.encode(piece.text, {.add_bos = false, .parse_special = piece.special});
+    if (piece.special && part.size() != 1) {
+      throw Error(ErrorCode::unsupported,
+                  "the vocabulary has no token " + printable(piece.text) +
+                      " that the model's chat form needs; ask without the chat form");
+    }
+    tokens.insert(tokens.end(), part.begin(), part.end());
+  }
+  return tokens;
+}
+
+}  // namespace thriftattn

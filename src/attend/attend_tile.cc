@@ -72,6 +72,11 @@ AttendTile::AttendTile(const LayerView& view, const AttendRequest& request, cons
       page_lse_full_.assign(static_cast<size_t>(pages * cols_), kNegInf);
     }
   }
+  needs_mass_ = request.config.mode == AttendMode::decode && store_.layout.any_layered();
+  if (needs_mass_) {
+    page_m_.assign(static_cast<size_t>(pages * cols_), kNegInf);
+    page_l_.assign(static_cast<size_t>(pages * cols_), 0.0f);
+  }
   states_.resize(static_cast<size_t>(splits()));
   load_queries();
 }
@@ -114,7 +119,20 @@ void AttendTile::load_queries() {
   }
 }
 
-// K of one page as the query reads it first (base plane, open form or plain rows) as FP32
+// A layered side of a sealed page as FP32 [64][dim]. Decode reads the base plane first and adds
+// the residual for the rows that want it; prefill reads both at once where the residual is held.
+void AttendTile::load_planes(const SideLayout& side, int64_t page, float* out) const {
+  const uint8_t* head = view_.head(page, spec_.kv_head);
+  decode_base(store_.layout, side, head, out);
+  if (request_.config.mode != AttendMode::prefill) return;
+  const uint8_t* residual = view_.residual(page, spec_.kv_head);
+  if (residual == nullptr) return;
+  std::vector<float> r(static_cast<size_t>(kPageTokens * side.dim));
+  decode_residual(store_.layout, side, head, residual, r.data());
+  for (size_t i = 0; i < r.size(); ++i) out[i] += r[i];
+}
+
+// K of one page as the query reads it first (planes, open form or plain rows) as FP32
 // [tokens][dim], and what q' is dotted with besides it (page mean or reference; zeros for none).
 void AttendTile::load_k(int64_t page, float* k, std::vector<float>& offset) const {
   const SideLayout& side = store_.layout.k;
@@ -124,7 +142,7 @@ void AttendTile::load_k(int64_t page, float* k, std::vector<float>& offset) cons
     decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, k,
                 side.dim);
   } else if (is_sealed(page)) {
-    decode_base(store_.layout, side, head, k);
+    load_planes(side, page, k);
     widen_bf16(reinterpret_cast<const uint16_t*>(head + side.mean), side.dim, offset.data());
   } else {
     const OpenPage& open = *view_.open(page);
@@ -141,7 +159,7 @@ void AttendTile::load_v(int64_t page, float* v) const {
     decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, v,
                 side.dim);
   } else if (is_sealed(page)) {
-    decode_base(store_.layout, side, head, v);
+    load_planes(side, page, v);
   } else {
     const OpenPage& open = *view_.open(page);
     widen_bf16(&open.v[static_cast<size_t>(spec_.kv_head * side.dim * kPageTokens)],
@@ -178,9 +196,6 @@ ScoreBlock AttendTile::capped_scores(int64_t page, float* s, std::vector<float>&
 }
 
 void AttendTile::score(int64_t split) {
-  SplitState& state = states_[static_cast<size_t>(split)];
-  state.base_m.assign(static_cast<size_t>(cols_), kNegInf);
-  state.base_l.assign(static_cast<size_t>(cols_), 0.0f);
   const int64_t dim = store_.layout.k.dim;
   std::vector<float> k(static_cast<size_t>(kPageTokens * dim)), offset, q_offset(static_cast<size_t>(cols_));
   std::vector<float> capped, residual, full;
@@ -197,8 +212,10 @@ void AttendTile::score(int64_t split) {
     mask(page, s);
     const int64_t at = (page - page_begin_) * cols_;
     if (!page_offset_.empty()) std::copy_n(q_offset.data(), cols_, &page_offset_[static_cast<size_t>(at)]);
-    const ScoreBlock seen = capped_scores(page, s, capped);
-    tile_lse_update(seen, state.base_m.data(), state.base_l.data());
+    if (needs_mass_) {
+      tile_lse_update(capped_scores(page, s, capped), &page_m_[static_cast<size_t>(at)],
+                      &page_l_[static_cast<size_t>(at)]);
+    }
     if (oracle) {
       full.assign(s, s + kPageTokens * cols_);
       const uint8_t* res = is_sealed(page) ? view_.residual(page, spec_.kv_head) : nullptr;
@@ -221,20 +238,26 @@ void AttendTile::score(int64_t split) {
   }
 }
 
+// The LSE over everything visible, and from it the mass of every page: a page's own (m, l) is
+// enough for both, so that the scores are exponentiated once here and once for P.
 void AttendTile::combine() {
-  lse_base_.assign(static_cast<size_t>(cols_), kNegInf);
-  for (int64_t c = 0; c < cols_; ++c) {
+  if (!needs_mass_) return;
+  const int64_t pages = page_end_ - page_begin_;
+  for (int64_t c = 0; c < rows_; ++c) {
     SoftmaxScalar total;
-    const float* sink_logit = c < rows_ ? sink(c % group_) : nullptr;
-    if (sink_logit) total = {*sink_logit, 1.0f};
-    for (const SplitState& state : states_) {
-      total.merge({state.base_m[static_cast<size_t>(c)], state.base_l[static_cast<size_t>(c)]});
+    if (const float* sink_logit = sink(c % group_)) total = {*sink_logit, 1.0f};
+    for (int64_t p = 0; p < pages; ++p) {
+      const size_t at = static_cast<size_t>(p * cols_ + c);
+      total.merge({page_m_[at], page_l_[at]});
     }
-    lse_base_[static_cast<size_t>(c)] = total.lse();
+    const float lse = total.lse();
+    for (int64_t p = 0; p < pages; ++p) {
+      const size_t at = static_cast<size_t>(p * cols_ + c);
+      page_mass_[at] = page_l_[at] * softmax_rescale(page_m_[at], lse);
+    }
   }
-  if (store_.policy.rule == PromoteRule::budget && request_.config.mode == AttendMode::decode) {
-    choose_by_budget();
-  }
+  if (store_.policy.rule == PromoteRule::budget) choose_by_budget();
+  for (int64_t page = page_begin_; page < std::min(open_from_, page_end_); ++page) decide(page);
 }
 
 // The pages promoted for each position by a score known before attention.
@@ -284,16 +307,12 @@ void AttendTile::choose_by_budget() {
 }
 
 // Fixes how each position reads a sealed layered page.
-void AttendTile::decide(int64_t page, const float* mass) {
+void AttendTile::decide(int64_t page) {
   const LayerPolicy& policy = store_.policy;
+  const float* mass = &page_mass_[static_cast<size_t>((page - page_begin_) * cols_)];
   const bool held = view_.residual(page, spec_.kv_head) != nullptr;
   MassRule rule{static_cast<float>(policy.promote), static_cast<float>(policy.skip)};
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    PageRead& out = read(page, i);
-    if (request_.config.mode == AttendMode::prefill) {
-      out = held ? PageRead::full : PageRead::base;
-      continue;
-    }
     PageFacts facts = page_facts(store_.layout, policy, page, spec_.first_token + i + 1,
                                  store_.shape.window, held);
     if (policy.rule == PromoteRule::budget) {
@@ -304,7 +323,7 @@ void AttendTile::decide(int64_t page, const float* mass) {
     }
     float top = 0;
     for (int64_t g = 0; g < group_; ++g) top = std::max(top, mass[i * group_ + g]);
-    out = read_by_mass(rule, facts, top);
+    read(page, i) = read_by_mass(rule, facts, top);
   }
 }
 
@@ -344,18 +363,12 @@ void AttendTile::accumulate(int64_t split) {
   state.o = buffer(cols_ * dim_v);
   std::fill_n(state.o.get(), cols_ * dim_v, 0.0f);
   std::vector<float> scratch(static_cast<size_t>(kPageTokens * std::max(dim_k, dim_v)));
-  std::vector<float> capped;
-
   for (int64_t page = page_first(split); page < page_last(split); ++page) {
     float* s = scores(page);
     const ScoreBlock block{s, kPageTokens, cols_};
-    if (is_sealed(page) && store_.layout.any_layered()) {
-      float* mass = &page_mass_[static_cast<size_t>((page - page_begin_) * cols_)];
-      const ScoreBlock seen = capped_scores(page, s, capped);
-      tile_mass(seen, lse_base_.data(), mass);
-      decide(page, mass);
+    if (needs_mass_ && is_sealed(page) && store_.layout.k.layered) {
       const std::vector<int64_t> columns = columns_of(page, PageRead::full);
-      if (!columns.empty() && store_.layout.k.layered) {
+      if (!columns.empty()) {
         decode_residual(store_.layout, store_.layout.k, view_.head(page, spec_.kv_head),
                         view_.residual(page, spec_.kv_head), scratch.data());
         score_with_residual(columns, scratch.data(), s);
@@ -400,7 +413,7 @@ void AttendTile::accumulate_v(int64_t page, SplitState& state, float* p, const f
   const int64_t tokens = page_tokens(page);
   tile_matmul({.a = p, .a_row = 1, .a_k = cols_, .b = v.data(), .ldb = dim, .c = state.o.get(),
                .ldc = dim, .m = rows_, .n = dim, .k = tokens, .accumulate = true});
-  if (!planes || !side.layered) return;
+  if (!planes || !side.layered || !needs_mass_) return;
   const std::vector<int64_t> full = columns_of(page, PageRead::full);
   if (full.empty()) return;
   decode_residual(store_.layout, side, head, view_.residual(page, spec_.kv_head), v.data());
@@ -437,6 +450,12 @@ void AttendTile::finish(AttendStats* stats) {
   if (stats) add_stats(*stats, lse);
 }
 
+// How a position read a sealed page, for the statistics.
+PageRead AttendTile::read_as(int64_t page, int64_t i) {
+  if (needs_mass_) return read(page, i);
+  return view_.residual(page, spec_.kv_head) ? PageRead::full : PageRead::base;
+}
+
 void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
   const PageLayout& layout = store_.layout;
   const int64_t window = store_.shape.window;
@@ -453,7 +472,7 @@ void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
                                 : open_read_bits(layout, tokens);
         continue;
       }
-      const PageRead how = read(page, i);
+      const PageRead how = read_as(page, i);
       bits += page_read_bits(layout, how, tokens);
       ++stats.pages_visible;
       stats.pages_promoted += how == PageRead::full;

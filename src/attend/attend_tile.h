@@ -41,9 +41,8 @@ class AttendTile {
   using Buffer = std::unique_ptr<float[]>;
 
   struct SplitState {
-    std::vector<float> base_m, base_l;  // [cols] over base scores
-    std::vector<float> m, l;            // [cols] over final scores
-    Buffer o;                           // [cols][head_dim_v]
+    std::vector<float> m, l;  // [cols] over final scores
+    Buffer o;                 // [cols][head_dim_v]
   };
 
   int64_t page_first(int64_t split) const;
@@ -57,6 +56,7 @@ class AttendTile {
   const float* sink(int64_t group_head) const;
 
   void load_queries();
+  void load_planes(const SideLayout& side, int64_t page, float* out) const;
   void load_k(int64_t page, float* k, std::vector<float>& offset) const;
   void load_v(int64_t page, float* v) const;
   void mask(int64_t page, float* s) const;
@@ -64,7 +64,8 @@ class AttendTile {
   void score_with_residual(const std::vector<int64_t>& columns, const float* residual,
                            float* s) const;
   void choose_by_budget();
-  void decide(int64_t page, const float* mass);
+  void decide(int64_t page);
+  PageRead read_as(int64_t page, int64_t i);
   std::vector<int64_t> columns_of(int64_t page, PageRead kind);
   void accumulate_v(int64_t page, SplitState& state, float* p, const float* page_sum,
                     std::vector<float>& v);
@@ -83,9 +84,10 @@ class AttendTile {
   std::vector<uint8_t> budget_choice_;  // [positions][pages]: PromoteRule::budget
   std::vector<float> page_offset_;     // [pages][cols]: q'.mean, for the block-mean score
   std::vector<float> page_lse_full_;   // [pages][cols]: for the oracle
+  bool needs_mass_ = false;  // decode over layered pages: the rule decides
+  std::vector<float> page_m_, page_l_;  // [pages][cols]: the page's own state, base scores
   std::vector<float> page_mass_;       // [pages][cols]: base mass
   std::vector<float> page_sum_;        // [pages][cols]: sum of P, against the split's m
-  std::vector<float> lse_base_;        // [cols]
   std::vector<SplitState> states_;
 };
 

@@ -125,21 +125,6 @@ void MaxUpdate(const ScoreBlock& b, float* m) {
   }
 }
 
-void Mass(const ScoreBlock& b, const float* lse, float* mass) {
-  const F d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const V lowest = hn::Set(d, -3.0e38f);
-  for (int64_t c = 0; c < b.cols; c += lanes) {
-    const V ref = hn::Max(hn::LoadU(d, lse + c), lowest);
-    V sum = hn::Zero(d);
-    for (int64_t t = 0; t < b.tokens; ++t) {
-      const V s = hn::LoadU(d, b.s + t * b.cols + c);
-      sum = hn::Add(sum, hn::IfThenElseZero(hn::Gt(s, lowest), ExpNonPositive(d, hn::Sub(s, ref))));
-    }
-    hn::StoreU(sum, d, mass + c);
-  }
-}
-
 void ExpSum(const ScoreBlock& b, const float* m, float* out_sum) {
   const F d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
@@ -172,7 +157,6 @@ HWY_EXPORT(FillRows);
 HWY_EXPORT(Softcap);
 HWY_EXPORT(LseUpdate);
 HWY_EXPORT(MaxUpdate);
-HWY_EXPORT(Mass);
 HWY_EXPORT(ExpSum);
 
 void tile_matmul(const TileMatmul& args) { HWY_DYNAMIC_DISPATCH(Matmul)(args); }
@@ -188,9 +172,6 @@ void tile_lse_update(const ScoreBlock& block, float* m, float* l) {
 }
 void tile_max_update(const ScoreBlock& block, float* m) {
   HWY_DYNAMIC_DISPATCH(MaxUpdate)(block, m);
-}
-void tile_mass(const ScoreBlock& block, const float* lse, float* mass) {
-  HWY_DYNAMIC_DISPATCH(Mass)(block, lse, mass);
 }
 void tile_exp_sum(const ScoreBlock& block, const float* m, float* sum) {
   HWY_DYNAMIC_DISPATCH(ExpSum)(block, m, sum);

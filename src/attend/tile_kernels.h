@@ -42,9 +42,6 @@ void tile_lse_update(const ScoreBlock& block, float* m, float* l);
 // m[c] = max(m[c], max_t s[t][c]).
 void tile_max_update(const ScoreBlock& block, float* m);
 
-// mass[c] = sum_t exp(s[t][c] - lse[c]).
-void tile_mass(const ScoreBlock& block, const float* lse, float* mass);
-
 // In place: s = exp(s - m[c]); sum[c] = sum_t of it. A column with m = -inf gives zeros.
 void tile_exp_sum(const ScoreBlock& block, const float* m, float* sum);
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <string>
 
-#include "attention_case.h"
+#include "support/attention_case.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn {

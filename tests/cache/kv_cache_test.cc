@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "attention_case.h"
+#include "support/attention_case.h"
 #include "base/float_convert.h"
 #include "cache/kv_cache_impl.h"
 #include "cache/page_codec.h"

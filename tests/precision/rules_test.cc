@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "attention_case.h"
+#include "support/attention_case.h"
 #include "precision/budget_rule.h"
 #include "precision/mass_rule.h"
 

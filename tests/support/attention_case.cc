@@ -1,5 +1,5 @@
 // A random attention problem over a KvCache (attention_case.h).
-#include "attention_case.h"
+#include "support/attention_case.h"
 
 #include <algorithm>
 #include <cmath>

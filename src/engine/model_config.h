@@ -1,0 +1,75 @@
+// What a GGUF file says about a transformer: the facts that the forward pass, the cache and
+// the reports need, read once and checked, so that later code needs no defaults of its own.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "thriftattn/kv_cache.h"
+#include "thriftattn/policy.h"
+
+namespace thriftattn {
+
+class GgufFile;
+
+enum class Family : uint8_t { llama, qwen2, qwen3, gemma3 };
+
+// Which elements of a head RoPE turns together: (2i, 2i+1), or (i, i + dims/2).
+enum class RopeLayout : uint8_t { interleaved, halves };
+
+enum class Activation : uint8_t { silu, gelu_tanh };
+
+struct RopeConfig {
+  RopeLayout layout = RopeLayout::interleaved;
+  int64_t dims = 0;  // elements of a head that turn, even; the rest stay as they are
+  double freq_base = 10000.0;
+  double linear_factor = 1.0;  // positions are divided by it
+  bool freq_factors = false;   // divide the frequencies by rope_freqs.weight (Llama 3)
+
+  bool operator==(const RopeConfig&) const = default;
+};
+
+struct LayerConfig {
+  int64_t q_heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim_k = 0;
+  int64_t head_dim_v = 0;
+  int64_t ff = 0;      // width of the feed-forward part
+  int64_t window = 0;  // sliding window, the query's own token included; 0 = none
+  RopeConfig rope;
+};
+
+struct ModelConfig {
+  Family family = Family::llama;
+  std::string architecture;  // general.architecture
+  std::string name;          // general.name, or the architecture
+  int64_t width = 0;         // embedding_length
+  int64_t vocab = 0;         // rows of token_embd.weight
+  int64_t context = 0;       // context_length the model was trained for
+  std::vector<LayerConfig> layers;
+
+  float rms_eps = 1e-5f;
+  float attention_scale = 0.0f;
+  float attention_softcap = 0.0f;  // 0 = none
+  float final_softcap = 0.0f;      // 0 = none
+  float embedding_scale = 1.0f;
+  Activation activation = Activation::silu;
+  bool qkv_bias = false;
+  bool qk_norm = false;
+  bool post_norms = false;       // norms after attention and after the feed-forward part
+  bool tied_embeddings = false;  // no output.weight: the embedding is the LM head
+
+  int64_t layer_count() const { return static_cast<int64_t>(layers.size()); }
+};
+
+// Reads and checks the metadata. Throws Error (unsupported, corrupt or not_found) that names
+// the key, what is required or supported, and what the file has. Tensor shapes are checked
+// where the tensors are loaded.
+ModelConfig read_model_config(const GgufFile& file);
+
+// The same facts in the forms that the cache and the policy ask for.
+std::vector<LayerShape> layer_shapes(const ModelConfig& config);
+PolicyContext policy_context(const ModelConfig& config);
+
+}  // namespace thriftattn

@@ -1,0 +1,295 @@
+// Folds the rules of a policy into one LayerPolicy per layer, and refuses what the cache cannot
+// do: a setting is either obeyed or an error.
+#include <fmt/format.h>
+
+#include <array>
+
+#include "policy/fields.h"
+#include "thriftattn/error.h"
+#include "thriftattn/policy.h"
+
+namespace thriftattn {
+namespace {
+
+constexpr int64_t kMaxLayers = int64_t{1} << 20;
+
+using Kind = LayerSelector::Kind;
+
+// A layer while rules are folded: what it has, and what only an explicit setting may decide.
+struct Fold {
+  LayerPolicy policy;
+  bool has_budget = false;
+};
+
+bool uses_nvfp4(const LayerPolicy& p) {
+  return p.k_format == Format::nvfp4 || p.v_format == Format::nvfp4;
+}
+
+bool uses_nvfp4x2(const LayerPolicy& p) {
+  return p.k_format == Format::nvfp4x2 || p.v_format == Format::nvfp4x2;
+}
+
+bool any_layered(const LayerPolicy& p) { return is_layered(p.k_format) || is_layered(p.v_format); }
+
+std::string formats(const LayerPolicy& p) {
+  return p.k_format == p.v_format
+             ? fmt::format("K and V in {}", to_string(p.k_format))
+             : fmt::format("K in {} and V in {}", to_string(p.k_format), to_string(p.v_format));
+}
+
+[[noreturn]] void fail(ErrorCode code, std::string_view policy, const std::string& message) {
+  throw Error(code, fmt::format("policy '{}': {}", policy, message));
+}
+
+std::vector<int64_t> selected_layers(const Policy& policy, const LayerSelector& selector,
+                                     const PolicyContext& context) {
+  const int64_t n = context.layers;
+  int64_t begin = 0, end = n;
+  switch (selector.kind) {
+    case Kind::all:
+    case Kind::sliding_window:
+      break;
+    case Kind::range:
+      begin = selector.begin;
+      end = selector.end;
+      break;
+    case Kind::first:
+      end = selector.end;
+      break;
+    case Kind::last:
+      begin = n - selector.end;
+      break;
+  }
+  if (begin < 0 || end > n || begin >= end) {
+    fail(ErrorCode::invalid_argument, policy.name,
+         fmt::format("layers '{}' do not exist: the model has {} layers, 0 to {}",
+                     to_string(selector), n, n - 1));
+  }
+  std::vector<int64_t> layers;
+  for (int64_t l = begin; l < end; ++l) {
+    const bool sliding =
+        !context.sliding_window.empty() && context.sliding_window[static_cast<size_t>(l)];
+    if (selector.kind != Kind::sliding_window || sliding) layers.push_back(l);
+  }
+  return layers;
+}
+
+void apply(const PolicyRule& rule, Fold& fold) {
+  LayerPolicy& p = fold.policy;
+  const auto set = [](auto& field, const auto& value) {
+    if (value) field = *value;
+  };
+  set(p.k_format, rule.k_format);
+  set(p.v_format, rule.v_format);
+  set(p.rule, rule.rule);
+  set(p.promote, rule.promote);
+  set(p.skip, rule.skip);
+  set(p.budget, rule.budget);
+  set(p.score, rule.score);
+  set(p.residency, rule.residency);
+  set(p.sinks, rule.sinks);
+  set(p.recent, rule.recent);
+  set(p.rotate, rule.rotate);
+  set(p.center, rule.center);
+  set(p.equalize, rule.equalize);
+  fold.has_budget = fold.has_budget || rule.budget.has_value();
+}
+
+// Why a setting would be ignored for such a layer; empty if it is not.
+std::string_view why_ignored(std::string_view field, const LayerPolicy& p) {
+  if (field == "k" || field == "v") return "";
+  if (field == "rotate" || field == "equalize") {
+    return is_layered(p.k_format) ? "" : "it acts on K in nvfp4 or nvfp4x2";
+  }
+  if (field == "center") return any_layered(p) ? "" : "it acts on nvfp4 and nvfp4x2";
+  if (field == "skip") {
+    return p.v_format == Format::nvfp4 ? "" : "only V in nvfp4 can be skipped";
+  }
+  if (!uses_nvfp4(p)) {
+    return uses_nvfp4x2(p) ? "nvfp4x2 always keeps and reads its residual; it acts on nvfp4"
+                           : "it acts on nvfp4";
+  }
+  const bool by_budget = p.rule == PromoteRule::budget;
+  if (field == "promote" && by_budget) return "it acts with rule=mass, and this is rule=budget";
+  if ((field == "budget" || field == "score") && !by_budget) {
+    return "it acts with rule=budget, and this is rule=mass";
+  }
+  return "";
+}
+
+// Sliding-window layers: their cache is small and most of a window is read with weight, so what
+// would be nvfp4 is nvfp4x2, unless a `sliding_window` rule itself asks for nvfp4.
+void apply_sliding_window_default(const PolicyRule& explicit_rule, LayerPolicy& p) {
+  if (explicit_rule.k_format == Format::nvfp4 || explicit_rule.v_format == Format::nvfp4) return;
+  for (Format* format : {&p.k_format, &p.v_format}) {
+    if (*format == Format::nvfp4) *format = Format::nvfp4x2;
+  }
+}
+
+// All fields that the sliding-window rules set, the last one of each.
+PolicyRule merged_sliding_window_rules(const Policy& policy) {
+  PolicyRule merged;
+  for (const PolicyRule& rule : policy.rules) {
+    if (rule.layers.kind != Kind::sliding_window) continue;
+    for (const PolicyField& field : policy_fields()) {
+      if (!field.is_set(rule)) continue;
+      std::visit([&](auto member) { merged.*member = rule.*member; }, field.member);
+    }
+  }
+  return merged;
+}
+
+void check_layer(const Policy& policy, const Fold& fold, int64_t layer) {
+  const LayerPolicy& p = fold.policy;
+  const auto refuse = [&](ErrorCode code, const std::string& what) {
+    fail(code, policy.name, fmt::format("layer {}: {}", layer, what));
+  };
+  if (uses_nvfp4(p) && uses_nvfp4x2(p)) {
+    refuse(ErrorCode::unsupported,
+           fmt::format("{}: one residual serves both, so nvfp4 and nvfp4x2 cannot be mixed in a "
+                       "layer; give both the same, or one of them a plain format such as bf16",
+                       formats(p)));
+  }
+  if (!uses_nvfp4(p)) return;
+  const bool v_skips = p.v_format == Format::nvfp4;
+  if (p.rule == PromoteRule::mass && !(p.skip < p.promote) && v_skips) {
+    refuse(ErrorCode::invalid_argument,
+           fmt::format("skip = {} must be less than promote = {} (to read every page with its "
+                       "residual use nvfp4x2)",
+                       p.skip, p.promote));
+  }
+  if (p.rule == PromoteRule::mass && !(p.promote > 0)) {
+    refuse(ErrorCode::invalid_argument,
+           "promote = 0 must be greater than 0: to read every page with its residual use nvfp4x2");
+  }
+  if (v_skips && p.skip > 0 && !p.center) {
+    refuse(ErrorCode::unsupported,
+           fmt::format("skip = {} needs center=true, because a skipped page stands for its V mean; "
+                       "set skip=0",
+                       p.skip));
+  }
+  if (p.rule == PromoteRule::mass) return;
+  if (!fold.has_budget) {
+    refuse(ErrorCode::invalid_argument, "rule=budget needs a budget, such as budget=0.05");
+  }
+  if (p.residency == Residency::dropped) {
+    refuse(ErrorCode::unsupported,
+           "rule=budget needs residency=device: a dropped residual cannot be promoted");
+  }
+  if (p.score == BlockScore::mean && (!is_layered(p.k_format) || !p.center)) {
+    refuse(ErrorCode::unsupported,
+           fmt::format("score=mean needs the page means of K, so K in nvfp4 and center=true; this "
+                       "is {} with center={}",
+                       formats(p), p.center));
+  }
+}
+
+// Fields that do nothing for this layer take the value that says so.
+LayerPolicy normalized(LayerPolicy p) {
+  const LayerPolicy off;
+  if (!uses_nvfp4(p)) {
+    p.rule = off.rule;
+    p.promote = off.promote;
+    p.residency = off.residency;
+    p.sinks = p.recent = 0;
+  }
+  if (p.v_format != Format::nvfp4) p.skip = 0;
+  if (p.rule == PromoteRule::budget) {
+    p.promote = off.promote;
+  } else {
+    p.budget = 0;
+    p.score = off.score;
+  }
+  if (!is_layered(p.k_format)) p.rotate = p.equalize = false;
+  if (!any_layered(p)) p.center = false;
+  return p;
+}
+
+void check_context(const Policy& policy, const PolicyContext& context) {
+  if (context.layers < 1 || context.layers > kMaxLayers) {
+    fail(ErrorCode::invalid_argument, policy.name,
+         fmt::format("the model has {} layers: accepted are 1 to {}", context.layers, kMaxLayers));
+  }
+  const auto flags = static_cast<int64_t>(context.sliding_window.size());
+  if (flags != 0 && flags != context.layers) {
+    fail(ErrorCode::invalid_argument, policy.name,
+         fmt::format("sliding_window has {} entries for {} layers: give one a layer, or none",
+                     flags, context.layers));
+  }
+}
+
+// Whether the rule lays a ground that later rules may use: the formats of all layers. Its other
+// settings may then wait for formats that come later, or for layers that this model lacks.
+bool is_ground(const PolicyRule& rule) {
+  return rule.layers.kind == Kind::all && rule.k_format && rule.v_format;
+}
+
+}  // namespace
+
+std::vector<LayerPolicy> resolve(const Policy& policy, const PolicyContext& context) {
+  check_context(policy, context);
+  std::vector<Fold> folds(static_cast<size_t>(context.layers));
+  const size_t rule_count = policy.rules.size();
+  std::vector<std::vector<int64_t>> layers(rule_count);
+  // Per rule and field: whether any layer obeys it, when it is applied or in the end.
+  std::vector<std::vector<bool>> obeyed(rule_count);
+  const auto note_obeyed = [&](size_t r) {
+    const PolicyRule& rule = policy.rules[r];
+    size_t f = 0;
+    for (const PolicyField& field : policy_fields()) {
+      for (const int64_t l : layers[r]) {
+        if (obeyed[r][f]) break;
+        obeyed[r][f] = !field.is_set(rule) ||
+                       why_ignored(field.name, folds[static_cast<size_t>(l)].policy).empty();
+      }
+      ++f;
+    }
+  };
+  const auto apply_rule = [&](size_t r) {
+    for (const int64_t l : layers[r]) apply(policy.rules[r], folds[static_cast<size_t>(l)]);
+    note_obeyed(r);
+  };
+
+  for (size_t r = 0; r < rule_count; ++r) {
+    try {
+      check_ranges(policy.rules[r]);
+    } catch (const Error& error) {
+      fail(error.code(), policy.name, error.what());
+    }
+    layers[r] = selected_layers(policy, policy.rules[r].layers, context);
+    obeyed[r].assign(policy_fields().size(), false);
+    if (policy.rules[r].layers.kind != Kind::sliding_window) apply_rule(r);
+  }
+  const PolicyRule sliding = merged_sliding_window_rules(policy);
+  for (const int64_t l : selected_layers(policy, {.kind = Kind::sliding_window}, context)) {
+    apply_sliding_window_default(sliding, folds[static_cast<size_t>(l)].policy);
+  }
+  for (size_t r = 0; r < rule_count; ++r) {
+    if (policy.rules[r].layers.kind == Kind::sliding_window) apply_rule(r);
+  }
+
+  for (size_t r = 0; r < rule_count; ++r) {
+    note_obeyed(r);
+    if (layers[r].empty() || (r == 0 && is_ground(policy.rules[r]))) continue;
+    size_t f = 0;
+    for (const PolicyField& field : policy_fields()) {
+      if (obeyed[r][f++]) continue;
+      const LayerPolicy& p = folds[static_cast<size_t>(layers[r].front())].policy;
+      fail(ErrorCode::invalid_argument, policy.name,
+           fmt::format("{} for layers '{}' would have no effect on {}: {}; remove it or change "
+                       "the format",
+                       field.name, to_string(policy.rules[r].layers), formats(p),
+                       why_ignored(field.name, p)));
+    }
+  }
+
+  std::vector<LayerPolicy> resolved;
+  resolved.reserve(folds.size());
+  for (size_t l = 0; l < folds.size(); ++l) {
+    check_layer(policy, folds[l], static_cast<int64_t>(l));
+    resolved.push_back(normalized(folds[l].policy));
+  }
+  return resolved;
+}
+
+}  // namespace thriftattn

@@ -1,0 +1,43 @@
+# Installs the built library into a fresh prefix, then configures, builds and runs
+# examples/minimal against it, as a user's project would.
+set(work ${BUILD_DIR}/package_test)
+set(prefix ${work}/prefix)
+file(REMOVE_RECURSE ${work})
+
+function(run)
+  execute_process(COMMAND ${ARGV} RESULT_VARIABLE code OUTPUT_VARIABLE out ERROR_VARIABLE out)
+  if(NOT code EQUAL 0)
+    string(REPLACE ";" " " command "${ARGV}")
+    message(FATAL_ERROR "failed (${code}): ${command}\n${out}")
+  endif()
+  set(output "${out}" PARENT_SCOPE)
+endfunction()
+
+run(${CMAKE_COMMAND} --install ${BUILD_DIR} --prefix ${prefix})
+foreach(header IN ITEMS kv_cache attention policy error tensor_view version)
+  file(GLOB found ${prefix}/include/thriftattn/${header}.h)
+  if(NOT found)
+    message(FATAL_ERROR "include/thriftattn/${header}.h was not installed")
+  endif()
+endforeach()
+# The build tree must not be what makes it work: nothing installed may name it.
+file(GLOB_RECURSE scripts ${prefix}/*.cmake)
+foreach(script IN LISTS scripts)
+  file(READ ${script} text)
+  foreach(path IN ITEMS ${BUILD_DIR} ${SOURCE_DIR})
+    string(FIND "${text}" "${path}/" at)
+    string(FIND "${text}" "${prefix}" in_prefix)
+    if(NOT at EQUAL -1 AND in_prefix EQUAL -1)
+      message(FATAL_ERROR "${script} names the source or build tree (${path})")
+    endif()
+  endforeach()
+endforeach()
+
+run(${CMAKE_COMMAND} -S ${SOURCE_DIR}/examples/minimal -B ${work}/build -G ${GENERATOR}
+    -DCMAKE_PREFIX_PATH=${prefix} -DCMAKE_CXX_COMPILER=${CXX_COMPILER})
+run(${CMAKE_COMMAND} --build ${work}/build)
+run(${work}/build/minimal)
+message("${output}")
+if(NOT output MATCHES "thriftattn ${VERSION}" OR NOT output MATCHES "bytes")
+  message(FATAL_ERROR "unexpected output of the example: ${output}")
+endif()

@@ -1,0 +1,88 @@
+// What the commands share: options about the model, loading it, files, and errors of usage.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine/calibrate.h"
+#include "engine/gguf.h"
+#include "engine/model_config.h"
+#include "engine/tokenizer.h"
+#include "engine/transformer.h"
+#include "thriftattn/policy.h"
+
+namespace thriftattn::cli {
+
+inline constexpr int kExitRuntime = 1;
+inline constexpr int kExitUsage = 2;
+
+// A wrong command line: exit code 2 where an Error gives 1.
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct ModelArgs {
+  std::string path;
+  int threads = 0;  // 0 = all
+  bool no_equalize = false;
+};
+
+void add_model_option(CLI::App& app, ModelArgs& args);
+void add_threads_option(CLI::App& app, ModelArgs& args);
+void add_equalize_option(CLI::App& app, ModelArgs& args);
+
+// Limits oneTBB for as long as it lives.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int threads);
+  ~ThreadLimit();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// The file with its metadata and tokenizer: what is needed to check a request before the weights,
+// which take seconds, are loaded.
+struct OpenedModel {
+  std::shared_ptr<const GgufFile> file;
+  ModelConfig config;
+  std::shared_ptr<const Tokenizer> tokenizer;
+};
+OpenedModel open_model(const std::string& path);
+
+// The context asked for, or the model's where it is 0. Error above the model's.
+int64_t checked_context(int64_t asked, const ModelConfig& config);
+
+// The equaliser if a policy has use for it; empty with --no-equalize. `note` is for the user.
+struct EqualizerChoice {
+  Equalizer equalizer;
+  std::string note;
+};
+EqualizerChoice choose_equalizer(const Model& model, const ModelArgs& args,
+                                 std::span<const Policy> policies);
+
+// parse_policy() whose errors are errors of usage.
+Policy policy_from_option(const std::string& option, const std::string& text);
+
+// A text file, or standard input for "-". Throws Error for what cannot be read or is empty.
+std::string read_text(const std::string& path);
+void write_text(const std::string& path, const std::string& text);
+
+// Writes to standard output; an error of the stream (a full disk) is an Error.
+void print(const std::string& text);
+
+// Runs `body`; every failure becomes one line on stderr and an exit code.
+int guarded(const std::function<void()>& body);
+
+// `text` on one line, with control bytes made visible.
+std::string one_line(std::string_view text);
+
+}  // namespace thriftattn::cli

@@ -1,0 +1,150 @@
+// The summary of a run as text and as JSON (run_report.h).
+#include "cli/run_report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <string_view>
+
+#include "engine/eval_report.h"
+
+namespace thriftattn::cli {
+namespace {
+
+using nlohmann::ordered_json;
+
+struct Plane {
+  std::string_view name;
+  int64_t bytes;
+};
+
+std::vector<Plane> planes(const CacheUsage& u) {
+  return {{"base", u.base_bytes},   {"residual", u.residual_bytes}, {"summary", u.summary_bytes},
+          {"plain", u.plain_bytes}, {"open", u.open_bytes},         {"table", u.table_bytes}};
+}
+
+bool has_layered(const RunReport& r) {
+  return std::any_of(r.layers.begin(), r.layers.end(),
+                     [](const LayerPolicy& p) { return is_layered(p.k_format); });
+}
+
+double per_head(double sum, const AttendStats& a) {
+  return a.query_heads > 0 ? sum / static_cast<double>(a.query_heads) : 0.0;
+}
+
+// Three digits, rounded up: a bound must not look tighter than it is.
+std::string mass(double x) {
+  if (!(x > 0)) return "0";
+  const double unit = std::pow(10.0, std::floor(std::log10(x)) - 2);
+  return fmt::format("{:.3g}", std::ceil(x / unit * (1 - 1e-12)) * unit);
+}
+
+std::string phase_text(std::string_view name, const PhaseStats& p) {
+  return fmt::format("{} {:.1f} tokens/s ({} in {:.2f} s: attention {:.2f}, dense {:.2f})", name,
+                     p.tokens_per_second(), p.tokens, p.times.total, p.times.attention,
+                     p.times.dense);
+}
+
+std::string guarantee_text(const RunReport& r) {
+  const AttendStats& a = r.decode.attend;
+  std::string text = fmt::format(
+      "a page read in 4 bits held at most {} of a query head's attention, a skipped one at most "
+      "{}; together they held {} and {} on average",
+      mass(a.max_mass_4bit), mass(a.max_mass_skipped), mass(per_head(a.sum_mass_4bit, a)),
+      mass(per_head(a.sum_mass_skipped, a)));
+  if (a.wanted_mass > 0) {
+    text += fmt::format(
+        "; {} of it lay in pages whose residual is dropped, so the bound on promotion does not "
+        "hold there",
+        mass(per_head(a.wanted_mass, a)));
+  }
+  return text;
+}
+
+ordered_json phase_json(const PhaseStats& p) {
+  return {{"tokens", p.tokens},
+          {"seconds", p.times.total},
+          {"tokens_per_second", p.tokens_per_second()},
+          {"attention_seconds", p.times.attention},
+          {"dense_seconds", p.times.dense}};
+}
+
+}  // namespace
+
+std::string run_report_text(const RunReport& r) {
+  std::string text;
+  const auto line = [&](std::string_view name, const std::string& value) {
+    text += fmt::format("{:<10}{}\n", name, value);
+  };
+  line("tokens", fmt::format("{} prompt, {} answer ({}); context {}, chunk {}", r.prompt_tokens,
+                             r.answer_tokens, r.stop, r.context, r.chunk));
+  line("prefill", phase_text("", r.prefill).substr(1));
+  if (r.decode.tokens > 0) line("decode", phase_text("", r.decode).substr(1));
+  std::string held;
+  for (const Plane& plane : planes(r.usage)) {
+    if (plane.bytes == 0) continue;
+    held += (held.empty() ? "" : ", ") + std::string(plane.name) + " " + human_bytes(plane.bytes);
+  }
+  line("KV cache", fmt::format("{} held, {:.1f} % of BF16's {} ({})", human_bytes(r.usage.total()),
+                               100 * static_cast<double>(r.usage.total()) /
+                                   static_cast<double>(std::max<int64_t>(r.bf16_bytes, 1)),
+                               human_bytes(r.bf16_bytes), held));
+  const AttendStats& a = r.decode.attend;
+  std::string bits = fmt::format("{:.2f} stored per K/V element", r.bits_stored_per_element);
+  if (a.rows > 0)
+    bits += fmt::format(", {:.2f} read by a decoded token", a.bits_read_per_element());
+  line("bits", bits + " (BF16: 16)");
+  if (a.rows > 0 && has_layered(r)) {
+    line("pages", fmt::format("{:.1f} % promoted, {:.1f} % skipped while decoding",
+                              100 * a.promoted_fraction(), 100 * a.skipped_fraction()));
+    line("guarantee", guarantee_text(r));
+  }
+  line("equaliser", r.equalizer);
+  line("policy", fmt::format("{}: {}", r.policy, explain(r.layers)));
+  while (text.ends_with("\n\n")) text.pop_back();
+  line("model", r.model + "; " + r.compute);
+  return text;
+}
+
+std::string run_report_json(const RunReport& r) {
+  const AttendStats& a = r.decode.attend;
+  const bool decoded = a.rows > 0;
+  const auto if_decoded = [&](double x) { return decoded ? ordered_json(x) : ordered_json(); };
+  ordered_json kv = ordered_json::object();
+  for (const Plane& plane : planes(r.usage)) kv[std::string(plane.name) + "_bytes"] = plane.bytes;
+  const ordered_json all = {
+      {"answer", r.answer},
+      {"stop", r.stop},
+      {"policy", r.policy},
+      {"model", r.model},
+      {"compute", r.compute},
+      {"prompt_tokens", r.prompt_tokens},
+      {"answer_tokens", r.answer_tokens},
+      {"context", r.context},
+      {"chunk", r.chunk},
+      {"equalizer", r.equalizer},
+      {"prefill", phase_json(r.prefill)},
+      {"decode", phase_json(r.decode)},
+      {"kv_bytes", r.usage.total()},
+      {"kv_bytes_bf16", r.bf16_bytes},
+      {"kv_planes", kv},
+      {"bits_stored_per_element", r.bits_stored_per_element},
+      {"bits_read_per_element", if_decoded(a.bits_read_per_element())},
+      {"promoted_fraction", if_decoded(a.promoted_fraction())},
+      {"skipped_fraction", if_decoded(a.skipped_fraction())},
+      {"guarantee",
+       {{"max_mass_4bit", if_decoded(a.max_mass_4bit)},
+        {"max_mass_skipped", if_decoded(a.max_mass_skipped)},
+        {"mean_mass_4bit", if_decoded(per_head(a.sum_mass_4bit, a))},
+        {"mean_mass_skipped", if_decoded(per_head(a.sum_mass_skipped, a))},
+        {"mean_final_mass_4bit", if_decoded(per_head(a.final_mass_4bit, a))},
+        {"mean_final_mass_skipped", if_decoded(per_head(a.final_mass_skipped, a))},
+        {"mean_wanted_mass", if_decoded(per_head(a.wanted_mass, a))}}},
+  };
+  // A model can emit bytes that are not UTF-8.
+  return all.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace thriftattn::cli

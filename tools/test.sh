@@ -33,7 +33,7 @@ run_tests() {
   bad=$(sed -E 's/.* ([0-9]+) tests? failed out of.*/\1/' <<<"$summary")
   total=$(sed -E 's/.* out of ([0-9]+).*/\1/' <<<"$summary")
   if [ "$code" != 0 ]; then
-    grep -aE '\(Failed\)|\*\*\*|Failure|error|Error|ERROR|runtime error' "build/$1/tests.log" |
+    grep -aE '[*]{3}|: Failure$|runtime error:|Sanitizer:|does not exist$' "build/$1/tests.log" |
       head -n 60
     while read -r name; do failures+=("$1: $name"); done < <(
       sed -nE 's/^[[:space:]]*[0-9]+ - (.*) \((Failed|Timeout|SEGFAULT|.*)\).*/\1/p' \

@@ -151,18 +151,14 @@ inline TinyModel make_tiny(const TinySpec& spec, const TinyEdit& edit = {}) {
   if (edit.keys) edit.keys(model.writer);
   if (edit.tensors) edit.tensors(model.tensors);
   for (const auto& [name, values] : model.tensors) {
-    const auto known = shapes.find(name);
-    model.writer.f32_tensor(
-        name,
-        known != shapes.end() &&
-                [&] {
-                  uint64_t count = 1;
-                  for (const uint64_t n : known->second) count *= n;
-                  return count == values.size();
-                }()
-            ? known->second
-            : std::vector<uint64_t>{values.size()},
-        values);
+    // An edited tensor that no longer fits its shape is written as a vector.
+    std::vector<uint64_t> shape{values.size()};
+    if (const auto known = shapes.find(name); known != shapes.end()) {
+      uint64_t count = 1;
+      for (const uint64_t n : known->second) count *= n;
+      if (count == values.size()) shape = known->second;
+    }
+    model.writer.f32_tensor(name, shape, values);
   }
   model.bytes = model.writer.build();
   return model;

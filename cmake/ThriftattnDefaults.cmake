@@ -25,6 +25,8 @@ target_compile_options(thriftattn_options INTERFACE
   -ffp-contract=off -Wall -Wextra
   # Structs with designated initialisers take the place of long argument lists.
   -Wno-missing-field-initializers
+  # GCC 12 sees overlaps in std::string that cannot be (its bug 105651).
+  $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>
   $<$<CONFIG:Debug>:-D_GLIBCXX_ASSERTIONS>)
 target_compile_definitions(thriftattn_options INTERFACE
   HWY_DISABLED_TARGETS=${THRIFTATTN_HWY_DISABLED_TARGETS})

@@ -61,7 +61,8 @@ def main():
         red = outcome.startswith("red")
         bad += not red
         if args.markdown:
-            print(f"| `{entry['file']}` | {entry['why']} | `{entry['new'].strip()}` | {outcome} |",
+            broken = " ".join(entry["new"].split()).replace("|", "\\|")
+            print(f"| `{entry['file']}` | {entry['why']} | `{broken}` | {outcome} |",
                   flush=True)
         else:
             print(f"{'ok ' if red else 'BAD'} {entry['file']}: {entry['why']}: {outcome}", flush=True)

@@ -119,10 +119,23 @@ void AttendTile::load_queries() {
   }
 }
 
-// A layered side of a sealed page as FP32 [64][dim]. Decode reads the base plane first and adds
-// the residual for the rows that want it; prefill reads both at once where the residual is held.
-void AttendTile::load_planes(const SideLayout& side, int64_t page, float* out) const {
+// One side of a page as the query reads it first, as FP32 [tokens][dim]: plain rows, the open
+// form, or planes. Decode reads the base plane and adds the residual for the rows that want it;
+// prefill reads both at once where the residual is held.
+void AttendTile::load_values(const SideLayout& side, int64_t page, float* out) const {
   const uint8_t* head = view_.head(page, spec_.kv_head);
+  if (!side.layered) {
+    decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, out,
+                side.dim);
+    return;
+  }
+  if (!is_sealed(page)) {
+    const OpenPage& open = *view_.open(page);
+    const std::vector<uint16_t>& rows = &side == &store_.layout.k ? open.k : open.v;
+    widen_bf16(&rows[static_cast<size_t>(spec_.kv_head * side.dim * kPageTokens)],
+               page_tokens(page) * side.dim, out);
+    return;
+  }
   decode_base(store_.layout, side, head, out);
   if (request_.config.mode != AttendMode::prefill) return;
   const uint8_t* residual = view_.residual(page, spec_.kv_head);
@@ -132,39 +145,17 @@ void AttendTile::load_planes(const SideLayout& side, int64_t page, float* out) c
   for (size_t i = 0; i < r.size(); ++i) out[i] += r[i];
 }
 
-// K of one page as the query reads it first (planes, open form or plain rows) as FP32
-// [tokens][dim], and what q' is dotted with besides it (page mean or reference; zeros for none).
-void AttendTile::load_k(int64_t page, float* k, std::vector<float>& offset) const {
+// What q' is dotted with besides the values of K: the page's mean, the open page's reference, or
+// zeros.
+void AttendTile::load_k_offset(int64_t page, std::vector<float>& offset) const {
   const SideLayout& side = store_.layout.k;
   offset.assign(static_cast<size_t>(side.dim), 0.0f);
-  const uint8_t* head = view_.head(page, spec_.kv_head);
-  if (!side.layered) {
-    decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, k,
-                side.dim);
-  } else if (is_sealed(page)) {
-    load_planes(side, page, k);
-    widen_bf16(reinterpret_cast<const uint16_t*>(head + side.mean), side.dim, offset.data());
-  } else {
-    const OpenPage& open = *view_.open(page);
-    const int64_t at = spec_.kv_head * side.dim;
-    widen_bf16(&open.k[static_cast<size_t>(at * kPageTokens)], page_tokens(page) * side.dim, k);
-    widen_bf16(&open.k_reference[static_cast<size_t>(at)], side.dim, offset.data());
-  }
-}
-
-void AttendTile::load_v(int64_t page, float* v) const {
-  const SideLayout& side = store_.layout.v;
-  const uint8_t* head = view_.head(page, spec_.kv_head);
-  if (!side.layered) {
-    decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, v,
-                side.dim);
-  } else if (is_sealed(page)) {
-    load_planes(side, page, v);
-  } else {
-    const OpenPage& open = *view_.open(page);
-    widen_bf16(&open.v[static_cast<size_t>(spec_.kv_head * side.dim * kPageTokens)],
-               page_tokens(page) * side.dim, v);
-  }
+  if (!side.layered) return;
+  const auto* mean =
+      is_sealed(page)
+          ? reinterpret_cast<const uint16_t*>(view_.head(page, spec_.kv_head) + side.mean)
+          : &view_.open(page)->k_reference[static_cast<size_t>(spec_.kv_head * side.dim)];
+  widen_bf16(mean, side.dim, offset.data());
 }
 
 // Hides what a position may not see: later tokens, and tokens behind the window.
@@ -202,7 +193,8 @@ void AttendTile::score(int64_t split) {
   const bool oracle = !page_lse_full_.empty();
   for (int64_t page = page_first(split); page < page_last(split); ++page) {
     float* s = scores(page);
-    load_k(page, k.data(), offset);
+    load_values(store_.layout.k, page, k.data());
+    load_k_offset(page, offset);
     tile_matmul({.a = offset.data(), .a_row = 0, .a_k = 1, .b = queries_.get(), .ldb = cols_,
                  .c = q_offset.data(), .ldc = cols_, .m = 1, .n = cols_, .k = dim});
     const ScoreBlock block{s, kPageTokens, cols_};
@@ -213,7 +205,7 @@ void AttendTile::score(int64_t split) {
     const int64_t at = (page - page_begin_) * cols_;
     if (!page_offset_.empty()) std::copy_n(q_offset.data(), cols_, &page_offset_[static_cast<size_t>(at)]);
     if (needs_mass_) {
-      tile_lse_update(capped_scores(page, s, capped), &page_m_[static_cast<size_t>(at)],
+      tile_page_state(capped_scores(page, s, capped), &page_m_[static_cast<size_t>(at)],
                       &page_l_[static_cast<size_t>(at)]);
     }
     if (oracle) {
@@ -228,8 +220,8 @@ void AttendTile::score(int64_t split) {
                      .k = dim, .accumulate = true});
       }
       const ScoreBlock full_block = capped_scores(page, full.data(), capped);
-      std::vector<float> m(static_cast<size_t>(cols_), kNegInf), l(static_cast<size_t>(cols_), 0.0f);
-      tile_lse_update(full_block, m.data(), l.data());
+      std::vector<float> m(static_cast<size_t>(cols_)), l(static_cast<size_t>(cols_));
+      tile_page_state(full_block, m.data(), l.data());
       for (int64_t c = 0; c < cols_; ++c) {
         page_lse_full_[static_cast<size_t>(at + c)] =
             SoftmaxScalar{m[static_cast<size_t>(c)], l[static_cast<size_t>(c)]}.lse();
@@ -409,7 +401,7 @@ void AttendTile::accumulate_v(int64_t page, SplitState& state, float* p, const f
   for (int64_t c : skipped) {
     for (int64_t t = 0; t < kPageTokens; ++t) p[t * cols_ + c] = 0.0f;
   }
-  load_v(page, v.data());
+  load_values(side, page, v.data());
   const int64_t tokens = page_tokens(page);
   tile_matmul({.a = p, .a_row = 1, .a_k = cols_, .b = v.data(), .ldb = dim, .c = state.o.get(),
                .ldc = dim, .m = rows_, .n = dim, .k = tokens, .accumulate = true});

@@ -56,9 +56,8 @@ class AttendTile {
   const float* sink(int64_t group_head) const;
 
   void load_queries();
-  void load_planes(const SideLayout& side, int64_t page, float* out) const;
-  void load_k(int64_t page, float* k, std::vector<float>& offset) const;
-  void load_v(int64_t page, float* v) const;
+  void load_values(const SideLayout& side, int64_t page, float* out) const;
+  void load_k_offset(int64_t page, std::vector<float>& offset) const;
   void mask(int64_t page, float* s) const;
   ScoreBlock capped_scores(int64_t page, float* s, std::vector<float>& copy) const;
   void score_with_residual(const std::vector<int64_t>& columns, const float* residual,

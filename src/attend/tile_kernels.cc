@@ -93,19 +93,17 @@ HWY_INLINE V ExpNonPositive(F d, V x) {
   return hn::Exp(d, hn::Max(x, hn::Set(d, -200.0f)));
 }
 
-void LseUpdate(const ScoreBlock& b, float* m, float* l) {
+void PageState(const ScoreBlock& b, float* m, float* l) {
   const F d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  // A column that has seen nothing but -inf keeps m = -inf; the finite stand-in keeps the
-  // differences below from being inf - inf.
+  // A column that sees nothing but -inf has m = -inf; the finite stand-in keeps the differences
+  // below from being inf - inf.
   const V lowest = hn::Set(d, -3.0e38f);
   for (int64_t c = 0; c < b.cols; c += lanes) {
-    V top = hn::LoadU(d, m + c);
-    const V before = top;
-    for (int64_t t = 0; t < b.tokens; ++t) top = hn::Max(top, hn::LoadU(d, b.s + t * b.cols + c));
+    V top = hn::LoadU(d, b.s + c);
+    for (int64_t t = 1; t < b.tokens; ++t) top = hn::Max(top, hn::LoadU(d, b.s + t * b.cols + c));
     const V ref = hn::Max(top, lowest);
-    V sum = hn::Mul(hn::LoadU(d, l + c),
-                    hn::IfThenElseZero(hn::Gt(before, lowest), ExpNonPositive(d, hn::Sub(before, ref))));
+    V sum = hn::Zero(d);
     for (int64_t t = 0; t < b.tokens; ++t) {
       const V s = hn::LoadU(d, b.s + t * b.cols + c);
       sum = hn::Add(sum, hn::IfThenElseZero(hn::Gt(s, lowest), ExpNonPositive(d, hn::Sub(s, ref))));
@@ -155,7 +153,7 @@ HWY_EXPORT(Matmul);
 HWY_EXPORT(TileLanes);
 HWY_EXPORT(FillRows);
 HWY_EXPORT(Softcap);
-HWY_EXPORT(LseUpdate);
+HWY_EXPORT(PageState);
 HWY_EXPORT(MaxUpdate);
 HWY_EXPORT(ExpSum);
 
@@ -167,8 +165,8 @@ void tile_fill_rows(const ScoreBlock& block, const float* offset) {
 void tile_softcap(const ScoreBlock& block, float softcap) {
   HWY_DYNAMIC_DISPATCH(Softcap)(block, softcap);
 }
-void tile_lse_update(const ScoreBlock& block, float* m, float* l) {
-  HWY_DYNAMIC_DISPATCH(LseUpdate)(block, m, l);
+void tile_page_state(const ScoreBlock& block, float* m, float* l) {
+  HWY_DYNAMIC_DISPATCH(PageState)(block, m, l);
 }
 void tile_max_update(const ScoreBlock& block, float* m) {
   HWY_DYNAMIC_DISPATCH(MaxUpdate)(block, m);

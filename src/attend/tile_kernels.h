@@ -36,8 +36,8 @@ void tile_fill_rows(const ScoreBlock& block, const float* offset);
 // s = softcap * tanh(s / softcap).
 void tile_softcap(const ScoreBlock& block, float softcap);
 
-// Online (m, l) over the block's tokens, per column.
-void tile_lse_update(const ScoreBlock& block, float* m, float* l);
+// The softmax state (m, l) of the block's tokens alone, per column.
+void tile_page_state(const ScoreBlock& block, float* m, float* l);
 
 // m[c] = max(m[c], max_t s[t][c]).
 void tile_max_update(const ScoreBlock& block, float* m);

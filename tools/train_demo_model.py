@@ -3,8 +3,8 @@
 """Train the demo model: prepare the corpus, train in stages, export a GGUF file.
 
   train_demo_model.py prepare --raw RAW --work-dir WORK
-  train_demo_model.py train --work-dir WORK --stage short --minutes 20
-  train_demo_model.py train --work-dir WORK --stage mid --resume ckpt --minutes 8
+  train_demo_model.py train --work-dir WORK --stage short --minutes 4
+  train_demo_model.py train --work-dir WORK --stage full --resume ckpt --minutes 6
   train_demo_model.py export --work-dir WORK --resume ckpt --gguf models/demo/thrift-demo.gguf
 
 models/demo/README.md gives the whole recipe.
@@ -25,25 +25,22 @@ def main() -> None:
 
     p = sub.add_parser("train", help="one training stage")
     p.add_argument("--work-dir", default="demo-work")
-    p.add_argument("--stage", required=True, choices=("short", "mid", "long", "full"))
-    p.add_argument("--minutes", type=float, required=True)
+    p.add_argument("--stage", required=True, choices=("short", "full"))
+    p.add_argument("--minutes", type=float, required=True, help="wall time of the stage")
     p.add_argument("--steps", type=int, default=0, help="stop after so many steps (0: only by time)")
     p.add_argument("--resume", help="checkpoint folder below --work-dir to start from")
     p.add_argument("--out", default="ckpt", help="checkpoint folder below --work-dir to write")
-    p.add_argument("--seq", type=int)
-    p.add_argument("--batch", type=int)
-    p.add_argument("--p-needle", type=float)
-    p.add_argument("--p-repeat", type=float)
+    p.add_argument("--seq", type=int, help="tokens per sequence")
+    p.add_argument("--batch", type=int, help="sequences per step")
+    p.add_argument("--p-needle", type=float, help="share of the sequences with access codes")
+    p.add_argument("--p-repeat", type=float, help="share of the sequences with repeated spans")
     p.add_argument("--lr", type=float, nargs=2, metavar=("START", "END"), help="learning-rate multipliers")
-    p.add_argument("--lr-scale", type=float, default=1.0)
     p.add_argument("--max-facts", type=int, default=16)
-    p.add_argument("--max-questions", type=int, default=8)
+    p.add_argument("--max-questions", type=int, default=16)
+    p.add_argument("--answer-weight", type=float, default=4.0, help="loss weight of an answer's digits")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--threads", type=int, default=0, help="threads per worker")
-    p.add_argument("--workers", type=int, default=1, help="data-parallel processes (CPU)")
-    p.add_argument("--port", type=int, default=29511, help="local port of the workers' rendezvous")
-    p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
-    p.add_argument("--log-every", type=int, default=20)
+    p.add_argument("--loaders", type=int, default=4, help="processes that make batches")
+    p.add_argument("--log-every", type=int, default=50)
     p.add_argument("--save-minutes", type=float, default=2.0)
 
     p = sub.add_parser("export", help="checkpoint -> GGUF")

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/float_convert.h"
 #include "engine/gguf.h"
 #include "engine/gguf_writer.h"
 #include "engine/transformer.h"
@@ -208,10 +209,17 @@ inline void reference_rope(const TinyModel& m, const TinyRope& rope, int64_t pos
   }
 }
 
-// Logits of every position: [token][vocab].
+// Logits of every position: [token][vocab]. With `bf16_inputs` the activations are rounded to BF16
+// before each matrix product, as native BF16 arithmetic does.
 inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<int32_t>& tokens,
-                                         TinyTrace* trace = nullptr) {
+                                         TinyTrace* trace = nullptr, bool bf16_inputs = false) {
   const TinySpec& s = m.spec;
+  const auto product = [&](const std::vector<float>& w, Row row) {
+    if (bf16_inputs) {
+      for (double& v : row) v = bf16_to_f32(f32_to_bf16(static_cast<float>(v)));
+    }
+    return reference_product(w, row);
+  };
   const bool gemma = m.is("gemma3");
   const size_t n = tokens.size();
   std::vector<Row> x(n);
@@ -232,9 +240,9 @@ inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<i
     std::vector<Row> q(n), k(n), v(n);
     for (size_t t = 0; t < n; ++t) {
       const Row h = reference_norm(x[t], m.at(l, "attn_norm.weight"));
-      q[t] = reference_product(m.at(l, "attn_q.weight"), h);
-      k[t] = reference_product(m.at(l, "attn_k.weight"), h);
-      v[t] = reference_product(m.at(l, "attn_v.weight"), h);
+      q[t] = product(m.at(l, "attn_q.weight"), h);
+      k[t] = product(m.at(l, "attn_k.weight"), h);
+      v[t] = product(m.at(l, "attn_v.weight"), h);
       if (m.is("qwen2")) {
         for (size_t i = 0; i < q[t].size(); ++i) q[t][i] += m.at(l, "attn_q.bias")[i];
         for (size_t i = 0; i < k[t].size(); ++i) k[t][i] += m.at(l, "attn_k.bias")[i];
@@ -288,13 +296,13 @@ inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<i
           mixed.push_back(value);
         }
       }
-      Row out = reference_product(m.at(l, "attn_output.weight"), mixed);
+      Row out = product(m.at(l, "attn_output.weight"), mixed);
       if (gemma) out = reference_norm(out, m.at(l, "post_attention_norm.weight"));
       for (size_t i = 0; i < out.size(); ++i) x[t][i] += out[i];
 
       const Row h = reference_norm(x[t], m.at(l, "ffn_norm.weight"));
-      Row gate = reference_product(m.at(l, "ffn_gate.weight"), h);
-      const Row up = reference_product(m.at(l, "ffn_up.weight"), h);
+      Row gate = product(m.at(l, "ffn_gate.weight"), h);
+      const Row up = product(m.at(l, "ffn_up.weight"), h);
       for (size_t i = 0; i < gate.size(); ++i) {
         const double g = gate[i];
         const double activated =
@@ -302,7 +310,7 @@ inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<i
                   : g / (1.0 + std::exp(-g));
         gate[i] = activated * up[i];
       }
-      Row down = reference_product(m.at(l, "ffn_down.weight"), gate);
+      Row down = product(m.at(l, "ffn_down.weight"), gate);
       if (gemma) down = reference_norm(down, m.at(l, "post_ffw_norm.weight"));
       for (size_t i = 0; i < down.size(); ++i) x[t][i] += down[i];
     }
@@ -310,7 +318,7 @@ inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<i
   const std::vector<float>& head = m.tensors.at(s.tied ? "token_embd.weight" : "output.weight");
   std::vector<Row> logits;
   for (const Row& row : x) {
-    Row out = reference_product(head, reference_norm(row, m.tensors.at("output_norm.weight")));
+    Row out = product(head, reference_norm(row, m.tensors.at("output_norm.weight")));
     for (double& value : out) {
       if (s.final_softcap > 0) value = s.final_softcap * std::tanh(value / s.final_softcap);
     }

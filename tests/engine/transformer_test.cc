@@ -46,8 +46,12 @@ std::vector<float> run(const Model& model, const std::vector<int32_t>& tokens, i
             hidden.data() + at * width);
   }
   EXPECT_EQ(cache.length(sequence), n);
-  std::vector<float> out(static_cast<size_t>(n * model.config().vocab));
-  logits(model, hidden.data(), n, out.data());
+  // The LM head in steps too: one row is another kernel than many.
+  const int64_t vocab = model.config().vocab;
+  std::vector<float> out(static_cast<size_t>(n * vocab));
+  for (int64_t at = 0; at < n; at += step) {
+    logits(model, hidden.data() + at * width, std::min(step, n - at), out.data() + at * vocab);
+  }
   return out;
 }
 
@@ -99,8 +103,13 @@ TEST_P(EachFamily, Bf16Weights) {
   const auto model = tiny.load(ComputeType::bf16);
   const std::vector<float> expected = flat(test::reference_logits(tiny, tokens));
   EXPECT_LT(largest_difference(run(*model, tokens, 1, AttendMode::decode), expected), 1e-4);
-  const double tolerance = bf16_is_native() ? 0.1 : 1e-4;
-  EXPECT_LT(largest_difference(run(*model, tokens, 70, AttendMode::prefill), expected), tolerance);
+  // Many rows: native BF16 arithmetic rounds the activations too. A value next to a rounding
+  // boundary may then fall on the other side, which costs one BF16 step of one activation (six layers: 0.025 seen).
+  const bool native = bf16_is_native();
+  const std::vector<float> many =
+      native ? flat(test::reference_logits(tiny, tokens, nullptr, true)) : expected;
+  const double tolerance = native ? 0.05 : 1e-4;
+  EXPECT_LT(largest_difference(run(*model, tokens, 70, AttendMode::prefill), many), tolerance);
   EXPECT_LT(model->weight_bytes(), tiny.load()->weight_bytes());
 }
 

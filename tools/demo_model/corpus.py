@@ -7,6 +7,7 @@ models/demo/README.md).  Only the Python standard library is used.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,13 @@ SOURCES = {
     "rust": ("rust-doc", r"/html/(book/(?!(second|first|2018)-edition)|reference/|nomicon/|rust-by-example/|edition-guide/|embedded-book/|rustc/|cargo/|std/).*\.html$", 9_000_000),
     "llvm": ("llvm-14-doc", r"/html/(?!AMDGPU/|genindex|search|_static|_sources).*\.html$", 8_000_000),
     "erlang": ("erlang-doc", r"\.html$", 9_000_000),
+    "sqlite": ("sqlite3-doc", r"/sqlite3/(?!releaselog/).*\.html$", 8_000_000),
+    "django": ("python-django-doc", r"/html/(?!genindex|_modules|py-modindex|search).*\.html$", 8_000_000),
+    "cmake": ("cmake-doc", r"/html/(?!genindex|search).*\.html$", 4_000_000),
+    "nodejs": ("nodejs-doc", r"/api/(?!all|index).*\.html$", 4_000_000),
+    "boost": ("libboost1.74-doc", r"/doc/html/.*\.html$", 5_000_000),
+    "pandas": ("python-pandas-doc", r"/html/(user_guide|getting_started|development|reference/api)/.*\.html$", 6_000_000),
+    "scipy": ("python-scipy-doc", r"/html/(tutorial|reference/generated)/.*\.html$", 5_000_000),
 }
 
 # Pages that are always held out (document.txt and eval.txt come from these).
@@ -83,39 +91,47 @@ def _bucket(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % 100
 
 
-def extract(raw: Path, out: Path, held_out: set[str] | None = None) -> None:
+def _extract_source(job: tuple[str, Path, Path, set[str]]) -> str:
+    src, raw, out, held_out = job
+    folder, pattern, cap = SOURCES[src]
+    rx = re.compile(pattern)
+    base = raw / folder
+    pages = [p for p in base.rglob("*.html") if rx.search(str(p)) and not p.is_symlink()]
+    pages.sort(key=lambda p: hashlib.sha256(str(p.relative_to(base)).encode()).digest())
+    train, held, size, seen = [], [], 0, set()
+    for p in pages:
+        rel = str(p.relative_to(base))
+        if size > cap:
+            break
+        try:
+            text = html_to_text(p.read_text(encoding="utf-8", errors="replace"))
+        except (OSError, AssertionError):
+            continue
+        if len(text) < 600:
+            continue
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        text = text[:400_000]
+        if _bucket(rel) < 2 or any(h in rel for h in held_out):
+            held.append(f"{rel}\n{text}")
+        else:
+            train.append(text)
+            size += len(text)
+    (out / f"train.{src}.txt").write_text("\f".join(train), encoding="utf-8")
+    (out / f"held.{src}.txt").write_text("\f".join(held), encoding="utf-8")
+    return f"{src}: {len(train)} pages, {size} characters; held out {len(held)} pages"
+
+
+def extract(raw: Path, out: Path, held_out: set[str]) -> None:
     """Write ``train.<source>.txt`` and ``held.<source>.txt`` (2 % of the pages).
 
     Pages are separated by a form feed.  The caps are applied in hash order so
     that every part of a source is represented.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for src, (folder, pattern, cap) in SOURCES.items():
-        rx = re.compile(pattern)
-        base = raw / folder
-        pages = [p for p in base.rglob("*.html") if rx.search(str(p)) and not p.is_symlink()]
-        pages.sort(key=lambda p: hashlib.sha256(str(p.relative_to(base)).encode()).digest())
-        train, held, size, seen = [], [], 0, set()
-        for p in pages:
-            rel = str(p.relative_to(base))
-            if size > cap:
-                break
-            try:
-                text = html_to_text(p.read_text(encoding="utf-8", errors="replace"))
-            except (OSError, AssertionError):
-                continue
-            if len(text) < 600:
-                continue
-            digest = hashlib.sha256(text.encode()).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-            text = text[:400_000]
-            if _bucket(rel) < 2 or any(h in rel for h in (held_out or ())):
-                held.append(f"{rel}\n{text}")
-            else:
-                train.append(text)
-                size += len(text)
-        (out / f"train.{src}.txt").write_text("\f".join(train), encoding="utf-8")
-        (out / f"held.{src}.txt").write_text("\f".join(held), encoding="utf-8")
-        print(f"{src}: {len(train)} pages, {size} characters; held out {len(held)} pages", flush=True)
+    jobs = [(src, raw, out, held_out) for src in SOURCES]
+    with multiprocessing.Pool() as pool:
+        for line in pool.imap_unordered(_extract_source, jobs):
+            print(line, flush=True)

@@ -36,7 +36,8 @@ class Sampler:
         self.p_needle, self.p_repeat = p_needle, p_repeat
         self.max_facts, self.max_questions, self.answer_weight = max_facts, max_questions, answer_weight
         self.bos, self.eos = self.tok.token_to_id(BOS), self.tok.token_to_id(EOS)
-        vocab = [self.tok.decode([i], skip_special_tokens=False) for i in range(self.tok.get_vocab_size())]
+        self.vocab = self.tok.get_vocab_size()
+        vocab = [self.tok.decode([i], skip_special_tokens=False) for i in range(self.vocab)]
         self.ends_line = np.array([v.endswith("\n") for v in vocab])
         self.starts_space = np.array([v[:1].isspace() for v in vocab])
         self.digits = {self.tok.token_to_id(d) for d in "0123456789"}
@@ -44,19 +45,19 @@ class Sampler:
     def enc(self, s: str) -> list[int]:
         return self.tok.encode(s).ids
 
-    def text(self, n: int) -> list[int]:
+    def text(self, n: int) -> np.ndarray:
         at = self.rng.randrange(len(self.ids) - n)
-        return self.ids[at:at + n].tolist()
+        return self.ids[at:at + n]
 
-    def sample(self, n: int) -> tuple[list[int], list[float]]:
+    def sample(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         r = self.rng.random()
         if r < self.p_needle:
             ids, w = self.needles(n + 1)
         elif r < self.p_needle + self.p_repeat:
             ids, w = self.repeats(n + 1)
         else:
-            ids = [self.bos] + self.text(n)
-            w = [1.0] * (n + 1)
+            ids = np.concatenate(([self.bos], self.text(n)))
+            w = np.ones(n + 1)
         assert len(ids) == len(w) == n + 1, (len(ids), len(w), n)
         return ids, w
 
@@ -71,16 +72,16 @@ class Sampler:
                 ids += s
                 w += [1.0] * len(s)
             elif rng.random() < 0.5:
-                s = [rng.randrange(2, 2048) for _ in range(k)]
+                s = [rng.randrange(2, self.vocab) for _ in range(k)]
                 spans.append(s)
                 ids += s
                 w += [0.0] * k
             else:
-                s = self.text(k)
+                s = self.text(k).tolist()
                 spans.append(s)
                 ids += s
                 w += [1.0] * k
-        return ids[:n], w[:n]
+        return np.array(ids[:n]), np.array(w[:n])
 
     def needles(self, n: int):
         rng = self.rng
@@ -101,20 +102,19 @@ class Sampler:
         if space < 8:
             return self.needles(n)
         body = self.text(space)
-        arr = np.array(body)
         # Insert after a line end and before a line that starts with no space:
         # there, joint tokenization gives the same ids.
-        ok = np.flatnonzero(self.ends_line[arr[:-1]] & ~self.starts_space[arr[1:]]) + 1
-        spots = [int(rng.choice(ok)) if len(ok) else rng.randrange(1, space) for _ in blocks]
-        ids, w, at = [self.bos], [1.0], 0
+        ok = np.flatnonzero(self.ends_line[body[:-1]] & ~self.starts_space[body[1:]]) + 1
+        spots = [int(ok[rng.randrange(len(ok))]) if len(ok) else rng.randrange(1, space) for _ in blocks]
+        ids, w, at = [[self.bos]], [[1.0]], 0
         for spot, blk in sorted(zip(spots, blocks), key=lambda p: p[0]):
-            ids += body[at:spot] + blk
-            w += [1.0] * (spot - at) + [0.0 if t in self.digits else 0.2 for t in blk]
+            ids += [body[at:spot], blk]
+            w += [np.ones(spot - at), [0.0 if t in self.digits else 0.2 for t in blk]]
             at = spot
-        ids += body[at:]
-        w += [1.0] * (space - at)
-        return ids + tail, w + tail_w
+        ids += [body[at:], tail]
+        w += [np.ones(space - at), tail_w]
+        return np.concatenate(ids), np.concatenate(w)
 
     def batch(self, b: int, n: int):
         rows = [self.sample(n) for _ in range(b)]
-        return (np.array([r[0] for r in rows], dtype=np.int64), np.array([r[1] for r in rows], dtype=np.float32))
+        return (np.stack([r[0] for r in rows]).astype(np.int64), np.stack([r[1] for r in rows]).astype(np.float32))

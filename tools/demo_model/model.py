@@ -17,13 +17,13 @@ from torch import nn
 @dataclass
 class Config:
     vocab_size: int = 2048
-    n_embd: int = 256
+    n_embd: int = 384
     n_layer: int = 4
-    n_head: int = 4
-    n_kv: int = 1
+    n_head: int = 8
+    n_kv: int = 2
     head_dim: int = 64
     n_rot: int = 32
-    n_ff: int = 512
+    n_ff: int = 1024
     rope_base: float = 500000.0
     eps: float = 1e-5
     n_ctx: int = 16384
@@ -103,15 +103,13 @@ class Block(nn.Module):
         if cache is not None:
             past = cache.length if self.layer == 0 else cache.k[self.layer].shape[2] if self.layer in cache.k else 0
             k, v = cache.append(self.layer, k, v)
-        g = c.n_head // c.n_kv
-        k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
         if past == 0:
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         elif n == 1:
-            a = F.scaled_dot_product_attention(q, k, v)
+            a = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         else:
             mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=x.device).tril(past)
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         x = x + self.o(a.transpose(1, 2).reshape(b, n, -1))
         y = F.rms_norm(x, (c.n_embd,), self.ffn_norm, c.eps)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))

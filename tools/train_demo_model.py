@@ -3,7 +3,7 @@
 """Train the demo model: prepare the corpus, train in stages, export a GGUF file.
 
   train_demo_model.py prepare --raw RAW --work-dir WORK
-  train_demo_model.py train --work-dir WORK --stage short --minutes 4
+  train_demo_model.py train --work-dir WORK --stage short --minutes 2.5
   train_demo_model.py train --work-dir WORK --stage full --resume ckpt --minutes 6
   train_demo_model.py export --work-dir WORK --resume ckpt --gguf models/demo/thrift-demo.gguf
 

@@ -20,8 +20,18 @@ enum class AttendMode : uint8_t {
   decode,
 };
 
+// How products are computed. The values attended to are the same.
+enum class AttendMath : uint8_t {
+  // BF16 dot products with FP32 sums where the machine has them: q', P and decoded values are
+  // rounded to BF16, as in engines of today. FP32 elsewhere.
+  fast,
+  // FP32 throughout: what `eval` judges caches with.
+  f32,
+};
+
 struct AttendConfig {
   AttendMode mode = AttendMode::decode;
+  AttendMath math = AttendMath::fast;
   float softmax_scale = 0.0f;  // must be set; usually 1/sqrt(head_dim_k)
   float softcap = 0.0f;        // s = softcap * tanh(s / softcap) before masking; 0 = none
 };

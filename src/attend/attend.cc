@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend/attend_tile.h"
+#include "attend/decode_tile.h"
 #include "attend/request.h"
 #include "thriftattn/attention.h"
 #include "thriftattn/error.h"
@@ -18,15 +19,18 @@ namespace {
 // Query rows a tile aims at: decoding a page is shared by them, and their scores over the whole
 // context stay in the last-level cache.
 constexpr int64_t kTileRows = 128;
+// The decode kernels expand codes again for each block of rows, so a tile of them is smaller.
+constexpr int64_t kDecodeRows = 64;
 // Up to this many queries the splits run in parallel too: there are too few tiles to share out.
 constexpr int64_t kFewQueries = 16;
 
 // Tiles never straddle a page, so that every page is either sealed or open for a whole tile.
-std::vector<TileSpec> make_tiles(const LayerView& view, const AttendRequest& request) {
+std::vector<TileSpec> make_tiles(const LayerView& view, const AttendRequest& request,
+                                 int64_t rows) {
   const LayerShape& shape = view.store().shape;
   const int64_t group = shape.q_heads / shape.kv_heads;
   int64_t step = 1;
-  while (step < kPageTokens && step * 2 * group <= kTileRows) step *= 2;
+  while (step < kPageTokens && step * 2 * group <= rows) step *= 2;
   std::vector<TileSpec> tiles;
   const int64_t first = view.length() - request.q.tokens;
   for (int64_t head = 0; head < shape.kv_heads; ++head) {
@@ -143,38 +147,67 @@ LayerView checked_view(const KvCache& cache, const AttendRequest& request) {
   return view;
 }
 
+namespace {
+
+// Many queries: a tile a task. Few: too few tiles to share out, so their splits run in parallel.
+template <typename Tile, typename MakeTile>
+void run_tiles(const std::vector<TileSpec>& specs, bool few, const MakeTile& make,
+               std::vector<AttendStats>& stats) {
+  const auto stats_of = [&](size_t i) { return stats.empty() ? nullptr : &stats[i]; };
+  if (!few) {
+    tbb::parallel_for(size_t{0}, specs.size(), [&](size_t i) {
+      const std::unique_ptr<Tile> tile = make(specs[i]);
+      for (int64_t s = 0; s < tile->splits(); ++s) tile->score(s);
+      tile->combine();
+      for (int64_t s = 0; s < tile->splits(); ++s) tile->accumulate(s);
+      tile->finish(stats_of(i));
+    });
+    return;
+  }
+  struct Work {
+    size_t tile;
+    int64_t split;
+  };
+  std::vector<std::unique_ptr<Tile>> tiles(specs.size());
+  tbb::parallel_for(size_t{0}, specs.size(), [&](size_t i) { tiles[i] = make(specs[i]); });
+  std::vector<Work> work;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    for (int64_t s = 0; s < tiles[i]->splits(); ++s) work.push_back({i, s});
+  }
+  const auto over_splits = [&](auto&& f) {
+    tbb::parallel_for(size_t{0}, work.size(),
+                      [&](size_t w) { f(*tiles[work[w].tile], work[w].split); });
+  };
+  over_splits([](Tile& tile, int64_t split) { tile.score(split); });
+  tbb::parallel_for(size_t{0}, tiles.size(), [&](size_t i) { tiles[i]->combine(); });
+  over_splits([](Tile& tile, int64_t split) { tile.accumulate(split); });
+  tbb::parallel_for(size_t{0}, tiles.size(), [&](size_t i) { tiles[i]->finish(stats_of(i)); });
+}
+
+}  // namespace
+
 void attend(const KvCache& cache, const AttendRequest& request) {
   const LayerView view = checked_view(cache, request);
-  const std::vector<TileSpec> specs = make_tiles(view, request);
+  const bool few = request.q.tokens <= kFewQueries;
+  const DecodeKernels* kernels =
+      request.config.math == AttendMath::fast ? decode_kernels_bf16() : nullptr;
+  const bool fast_decode = kernels != nullptr && request.config.mode == AttendMode::decode &&
+                           DecodeTile::supports(view.store());
+  const std::vector<TileSpec> specs =
+      make_tiles(view, request, fast_decode ? kDecodeRows : kTileRows);
   std::vector<AttendStats> stats(request.stats ? specs.size() : 0);
-  const auto stats_of = [&](size_t i) { return request.stats ? &stats[i] : nullptr; };
-  if (request.q.tokens > kFewQueries) {
-    tbb::parallel_for(size_t{0}, specs.size(), [&](size_t i) {
-      AttendTile tile(view, request, specs[i]);
-      for (int64_t s = 0; s < tile.splits(); ++s) tile.score(s);
-      tile.combine();
-      for (int64_t s = 0; s < tile.splits(); ++s) tile.accumulate(s);
-      tile.finish(stats_of(i));
-    });
+  if (fast_decode) {
+    run_tiles<DecodeTile>(
+        specs, few,
+        [&](const TileSpec& spec) {
+          return std::make_unique<DecodeTile>(view, request, spec, *kernels);
+        },
+        stats);
   } else {
-    struct Work {
-      size_t tile;
-      int64_t split;
-    };
-    std::vector<std::unique_ptr<AttendTile>> tiles;
-    std::vector<Work> work;
-    for (size_t i = 0; i < specs.size(); ++i) {
-      tiles.push_back(std::make_unique<AttendTile>(view, request, specs[i]));
-      for (int64_t s = 0; s < tiles[i]->splits(); ++s) work.push_back({i, s});
-    }
-    const auto over_splits = [&](auto&& f) {
-      tbb::parallel_for(size_t{0}, work.size(),
-                        [&](size_t w) { f(*tiles[work[w].tile], work[w].split); });
-    };
-    over_splits([](AttendTile& tile, int64_t split) { tile.score(split); });
-    tbb::parallel_for(size_t{0}, tiles.size(), [&](size_t i) { tiles[i]->combine(); });
-    over_splits([](AttendTile& tile, int64_t split) { tile.accumulate(split); });
-    tbb::parallel_for(size_t{0}, tiles.size(), [&](size_t i) { tiles[i]->finish(stats_of(i)); });
+    run_tiles<AttendTile>(
+        specs, few,
+        [&](const TileSpec& spec) { return std::make_unique<AttendTile>(view, request, spec); },
+        stats);
   }
   for (const AttendStats& s : stats) request.stats->merge(s);
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "attend/read_stats.h"
 #include "attend/tile_kernels.h"
 #include "base/float_convert.h"
 #include "cache/page_codec.h"
@@ -449,53 +450,31 @@ PageRead AttendTile::read_as(int64_t page, int64_t i) {
 }
 
 void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
-  const PageLayout& layout = store_.layout;
   const int64_t window = store_.shape.window;
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const int64_t position = spec_.first_token + i;
     const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
-    double bits = 0;
+    RowStats row_stats(stats, store_.layout, store_.policy.promote);
     for (int64_t page = page_begin_; page < page_end_; ++page) {
       const int64_t begin = std::max(first, page * kPageTokens);
       const int64_t tokens = std::min(position + 1, (page + 1) * kPageTokens) - begin;
       if (tokens <= 0) continue;
-      if (!is_sealed(page) || !layout.any_layered()) {
-        bits += is_sealed(page) ? page_read_bits(layout, PageRead::base, tokens)
-                                : open_read_bits(layout, tokens);
+      if (!is_sealed(page) || !store_.layout.any_layered()) {
+        row_stats.add_plain(tokens, !is_sealed(page));
         continue;
       }
       const PageRead how = read_as(page, i);
-      bits += page_read_bits(layout, how, tokens);
-      ++stats.pages_visible;
-      stats.pages_promoted += how == PageRead::full;
-      stats.pages_skipped += how == PageRead::skip;
-      const int64_t split = page / kSplitPages - split_begin_;
-      const SplitState& state = states_[static_cast<size_t>(split)];
+      row_stats.add_page(how, tokens);
+      const SplitState& state = states_[static_cast<size_t>(page / kSplitPages - split_begin_)];
       for (int64_t g = 0; g < group_; ++g) {
         const size_t c = static_cast<size_t>(i * group_ + g);
         const size_t at = static_cast<size_t>((page - page_begin_) * cols_) + c;
-        const double mass = page_mass_[at];
-        const double final_mass =
-            page_sum_[at] * static_cast<double>(softmax_rescale(state.m[c], lse[c]));
-        if (how == PageRead::base) {
-          stats.max_mass_4bit = std::max(stats.max_mass_4bit, mass);
-          stats.sum_mass_4bit += mass;
-          stats.final_mass_4bit += final_mass;
-          if (mass > store_.policy.promote) stats.wanted_mass += mass;
-        } else if (how == PageRead::skip) {
-          stats.max_mass_skipped = std::max(stats.max_mass_skipped, mass);
-          stats.sum_mass_skipped += mass;
-          stats.final_mass_skipped += final_mass;
-        }
+        row_stats.add_mass(how, page_mass_[at],
+                           page_sum_[at] *
+                               static_cast<double>(softmax_rescale(state.m[c], lse[c])));
       }
     }
-    const double elements =
-        static_cast<double>((position + 1 - first) * (layout.k.dim + layout.v.dim));
-    ++stats.rows;
-    stats.query_heads += group_;
-    stats.bits_read += bits;
-    stats.elements_visible += elements;
-    stats.bits_per_element_sum += bits / elements;
+    row_stats.finish(group_);
   }
 }
 

@@ -43,6 +43,18 @@ or by ',' before a preset's name. 'stored' and 'read' are bits per K/V element w
 means and tables counted; BF16 has 16. 'needles' is the share of hidden facts that are found.
 docs/eval.md says how each figure is made.)";
 
+// What was asked and not found, a line each: recall alone does not say whether a policy lost a fact
+// or the model never had it.
+void print_missed(const std::vector<EvalRow>& rows) {
+  for (const EvalRow& row : rows) {
+    for (const NeedleMiss& miss : row.missed) {
+      std::fprintf(stderr, "missed under %s: %s at depth %.2f is %s, answered '%s'\n",
+                   row.policy.c_str(), miss.name.c_str(), miss.depth, miss.expected.c_str(),
+                   one_line(miss.answer).c_str());
+    }
+  }
+}
+
 void eval(const EvalArgs& args) {
   std::vector<Policy> policies;
   for (const std::string& text : split_policy_list(args.policies)) {
@@ -96,6 +108,7 @@ void eval(const EvalArgs& args) {
                  fmt::to_string(rows.front().quality.positions).c_str(), reference.name.c_str(),
                  equalizer.note.c_str());
   }
+  print_missed(rows);
   print(format_report(rows, args.output == "json"  ? ReportFormat::json
                             : args.output == "csv" ? ReportFormat::csv
                                                    : ReportFormat::table));

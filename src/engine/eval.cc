@@ -199,6 +199,13 @@ class Evaluation {
           run_needles(session, needles_, options_.codec,
                       [&](int64_t done, int64_t total) { report("needles", name, done, total); });
       rows[i].needle_recall = static_cast<double>(result.found) / static_cast<double>(result.asked);
+      for (size_t f = 0; f < needles_.facts.size(); ++f) {
+        const NeedleFact& fact = needles_.facts[f];
+        if (first_number(result.answers[f]) == fact.code) continue;
+        const double depth =
+            static_cast<double>(fact.at) / static_cast<double>(needles_.context.size());
+        rows[i].missed.push_back({fact.name, depth, fact.code, result.answers[f]});
+      }
     }
   }
 

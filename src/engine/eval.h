@@ -48,11 +48,20 @@ struct EvalOptions {
   std::function<void(const EvalProgress&)> progress;
 };
 
+// A hidden fact that was answered wrongly.
+struct NeedleMiss {
+  std::string name;      // "Amber Falcon"
+  double depth = 0;      // of its line, 0 to 1 of the context
+  std::string expected;  // the code
+  std::string answer;    // as decoded
+};
+
 struct EvalRow {
   std::string policy;
   int64_t tokens = 0;
   MetricsSummary quality;
   std::optional<double> needle_recall;
+  std::vector<NeedleMiss> missed;
   double bits_stored_per_element = 0;  // at the end, from the allocator
   double bits_read_per_element = 0;    // mean over scored positions, layers and KV heads
   double promoted_fraction = 0;        // of the complete layered pages, scored positions

@@ -194,6 +194,9 @@ void Step::attention(int64_t index) {
            {.sequence = sequence_,
             .layer = index,
             .config = {.mode = options_.mode,
+                       // FP32 weights are asked for where quality is judged.
+                       .math = model_.compute() == ComputeType::f32 ? AttendMath::f32
+                                                                    : AttendMath::fast,
                        .softmax_scale = config_.attention_scale,
                        .softcap = config_.attention_softcap},
             .q = q,

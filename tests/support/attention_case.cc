@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "base/float_convert.h"
+
 namespace thriftattn::testing {
 namespace {
 
@@ -36,6 +38,9 @@ AttentionCase::AttentionCase(const CaseOptions& o)
   fill(k_, total * o.shape.kv_heads * o.shape.head_dim_k, 1.0f, o.k_offset);
   fill(v_, total * o.shape.kv_heads * o.shape.head_dim_v, 1.0f, 0.3f);
   fill(q_, o.queries * o.shape.q_heads * o.shape.head_dim_k, o.q_gain, 0.0f);
+  if (o.bf16_queries) {
+    for (float& x : q_) x = bf16_to_f32(f32_to_bf16(x));
+  }
   if (o.sink_logits) fill(sinks_, o.shape.q_heads, 2.0f, 1.0f);
 
   SequenceId other = 0;
@@ -55,6 +60,11 @@ AttentionCase::AttentionCase(const CaseOptions& o)
     }
   }
   if (o.queries > 0) feed(sequence_, o.length, o.queries, false);
+}
+
+float AttentionCase::softmax_scale() const {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(options_.shape.head_dim_k));
+  return options_.bf16_queries ? std::exp2(std::round(std::log2(scale))) : scale;
 }
 
 void AttentionCase::feed(SequenceId seq, int64_t first, int64_t n, bool commit) {
@@ -87,7 +97,8 @@ AttendRequest AttentionCase::request(std::vector<float>& out) const {
   AttendRequest r;
   r.sequence = sequence_;
   r.config = {.mode = options_.mode,
-              .softmax_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim_k)),
+              .math = options_.math,
+              .softmax_scale = softmax_scale(),
               .softcap = options_.softcap};
   r.q = q_view();
   r.out = TensorView<float>::dense(out.data(), options_.queries, s.q_heads, s.head_dim_v);
@@ -121,7 +132,7 @@ std::vector<float> AttentionCase::attend_reference(std::vector<float>* lse) {
 std::vector<float> AttentionCase::exact() const {
   const auto& s = options_.shape;
   const int64_t group = s.q_heads / s.kv_heads;
-  const double scale = 1.0 / std::sqrt(static_cast<double>(s.head_dim_k));
+  const double scale = softmax_scale();
   std::vector<float> out;
   for (int64_t i = 0; i < options_.queries; ++i) {
     const int64_t position = options_.length + i;

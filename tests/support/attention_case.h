@@ -24,6 +24,10 @@ struct CaseOptions {
   bool equalizer = false;
   bool scramble = false;  // other sequences come and go, so that block tables are shuffled
   AttendMode mode = AttendMode::decode;
+  AttendMath math = AttendMath::f32;
+  // Queries that are BF16 numbers, and a softmax scale that is a power of two: what BF16 arithmetic
+  // takes without rounding.
+  bool bf16_queries = false;
   uint32_t seed = 1;
 };
 
@@ -47,6 +51,7 @@ class AttentionCase {
   AttendRequest request(std::vector<float>& out) const;
 
  private:
+  float softmax_scale() const;
   void feed(SequenceId seq, int64_t first, int64_t n, bool commit);
 
   CaseOptions options_;

@@ -1,0 +1,616 @@
+// Decode kernels with AVX-512 BF16 dot products (decode_kernels.h). Only the functions between the
+// target pragmas are compiled for that instruction set - not what the headers define, which the
+// linker may share with other files. decode_kernels_bf16() looks before it hands them out.
+//
+// K. A token's 128 codes are one 64-byte load. As 16-bit words they hold elements 4j .. 4j+3, and
+// VPERMW looks at the low five bits of a word only: with a table of the 16 values written twice, the
+// words shifted by 0, 4, 8 and 12 bits are the indices, no masking. So four shuffles give all 128
+// elements in BF16, in the order k, 4+k, 8+k, ... for shift k; the queries are packed in that order.
+// VDPBF16PS adds neighbours, so lane l of the sum holds elements 8l .. 8l+7: two lanes a scale.
+//
+// V. The words of tokens t and t+1 are interleaved first, so that a dot product adds the two tokens
+// of one element: acc[d] += (p_t s_t, p_t+1 s_t+1) . (v_t[d], v_t+1[d]). Within 128 bits all
+// elements belong to one group of 16, so the products p x scale are spread by one VPERMD.
+#include "attend/decode_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/float_convert.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#endif
+
+namespace thriftattn {
+namespace {
+
+constexpr int64_t kChunk = 128;  // elements: one load of codes
+constexpr int64_t kRows = kRowBlock;
+constexpr int64_t kPairs = kPageTokens / 2;
+// E4M3 bits << 7 are the FP16 of value / 256.
+constexpr float kScaleUnit = 256.0f;
+
+int64_t chunks_of(int64_t dim) { return (dim + kChunk - 1) / kChunk; }
+int64_t chunk_elements(int64_t dim, int64_t c) { return std::min(kChunk, dim - c * kChunk); }
+
+// E2M1 values in BF16, twice.
+__m512i value_table() {
+  alignas(64) uint16_t table[32];
+  constexpr float kValues[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  for (int i = 0; i < 32; ++i) {
+    table[i] = f32_to_bf16((i & 8) != 0 ? -kValues[i & 7] : kValues[i & 7]);
+  }
+  return _mm512_load_si512(table);
+}
+
+inline __mmask64 byte_mask(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+inline __m512bh bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
+inline __m512 dot(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, bf16(a), bf16(b)); }
+
+template <int kShift>
+inline __m512i expand(__m512i words, __m512i table) {
+  if constexpr (kShift == 0) return _mm512_permutexvar_epi16(words, table);
+  return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, kShift), table);
+}
+
+// ---- queries: per chunk [layout 2][row 4][32 x 4 BF16]; layout 0 in the order of expanded codes,
+// layout 1 in natural order.
+
+constexpr int64_t kQueryRow = kChunk;                   // elements of a row in a chunk
+constexpr int64_t kQueryLayout = kRows * kQueryRow;     // of a layout
+constexpr int64_t kQueryChunk = 2 * kQueryLayout;       // of a chunk
+int64_t query_elements(int64_t dim) { return chunks_of(dim) * kQueryChunk; }
+int64_t query_bytes(int64_t dim) { return query_elements(dim) * 2; }
+
+void pack_queries(const float* const* rows, int64_t dim, std::byte* packed) {
+  auto* out = reinterpret_cast<uint16_t*>(packed);
+  std::fill_n(out, query_elements(dim), uint16_t{0});
+  for (int64_t r = 0; r < kRows; ++r) {
+    if (rows[r] == nullptr) continue;
+    for (int64_t d = 0; d < dim; ++d) {
+      const uint16_t q = f32_to_bf16(rows[r][d]);
+      uint16_t* chunk = out + d / kChunk * kQueryChunk + r * kQueryRow;
+      const int64_t i = d % kChunk;
+      chunk[i % 4 * 32 + i / 4] = q;
+      chunk[kQueryLayout + i] = q;
+    }
+  }
+}
+
+// ---- scores
+
+// Two vectors of partial sums, one a token of a pair, of four rows each: after this, 128 bits hold
+// [t0 r0, t1 r0, t0 r1, t1 r1] or the same of rows 2 and 3, still to be added over two quarters.
+inline __m512 reduce_pair(const __m512* t0, const __m512* t1) {
+  __m512 row[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = _mm512_add_ps(_mm512_unpacklo_ps(t0[r], t1[r]), _mm512_unpackhi_ps(t0[r], t1[r]));
+  }
+  __m512 two[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = _mm512_castps_pd(row[2 * i]), b = _mm512_castps_pd(row[2 * i + 1]);
+    two[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88),
+                       _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+}
+
+inline __m512 reduce_pairs(__m512 first, __m512 second) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
+                       _mm512_shuffle_f32x4(first, second, 0xdd));
+}
+
+// A value a row, in the lanes of that row.
+inline __m512 spread_rows(const float* rows) {
+  const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 2, 2, 3, 3);
+  return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(rows)));
+}
+
+// 16 lanes of scales, each twice: lanes 2g and 2g + 1 belong to group g.
+inline __m512 score_scales(const uint8_t* scales, __mmask8 mask) {
+  const __m128i eight = _mm_maskz_loadu_epi8(mask, scales);
+  const __m256i both = _mm256_broadcastsi128_si256(eight);
+  const __m256i pattern =
+      _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                       -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+  return _mm512_cvtph_ps(_mm256_srli_epi16(_mm256_shuffle_epi8(both, pattern), 1));
+}
+
+// A token's codes of one chunk as BF16, and its scales.
+struct ExpandedRow {
+  __m512i k[4];
+  __m512 scale;
+
+  ExpandedRow(const Nvfp4ConstPlane& plane, int64_t dim, int64_t row, int64_t chunk, __m512i table) {
+    const int64_t n = chunk_elements(dim, chunk);
+    const __m512i words = _mm512_maskz_loadu_epi8(
+        byte_mask(n / 2), plane.codes + row * (dim / 2) + chunk * (kChunk / 2));
+    k[0] = expand<0>(words, table);
+    k[1] = expand<4>(words, table);
+    k[2] = expand<8>(words, table);
+    k[3] = expand<12>(words, table);
+    scale = score_scales(
+        plane.scales + row * (dim / kNvfp4Group) + chunk * (kChunk / kNvfp4Group),
+        static_cast<__mmask8>((1u << (n / kNvfp4Group)) - 1));
+  }
+
+  // The products of one query row's part, times the scales: 16 lanes still to be added.
+  __m512 times(const uint16_t* q) const {
+    __m512 sum = dot(_mm512_setzero_ps(), k[0], _mm512_load_si512(q));
+    sum = dot(sum, k[1], _mm512_load_si512(q + 32));
+    sum = dot(sum, k[2], _mm512_load_si512(q + 64));
+    sum = dot(sum, k[3], _mm512_load_si512(q + 96));
+    return _mm512_mul_ps(sum, scale);
+  }
+};
+
+// kDim: head_dim at compile time; 0 takes any. Two tokens are expanded for all blocks before the
+// next two: with B = 2 the expansion is shared, and everything still fits the 32 registers.
+template <int B, int64_t kDim>
+void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_t* q,
+                        const float* offset, float* s, bool accumulate) {
+  const int64_t dim = kDim > 0 ? kDim : any_dim;
+  const int64_t chunks = chunks_of(dim), block_q = query_elements(dim);
+  const __m512i table = value_table();
+  const __m512 page_scale = _mm512_set1_ps(k.page_scale * kScaleUnit);
+  for (int64_t t = 0; t < kPageTokens; t += 4) {
+    __m512 half[B][2];
+    for (int pair = 0; pair < 2; ++pair) {
+      const ExpandedRow first(k, dim, t + pair * 2, 0, table);
+      const ExpandedRow second(k, dim, t + pair * 2 + 1, 0, table);
+      for (int b = 0; b < B; ++b) {
+        __m512 acc[2][kRows];
+        for (int r = 0; r < kRows; ++r) {
+          acc[0][r] = first.times(q + b * block_q + r * kQueryRow);
+          acc[1][r] = second.times(q + b * block_q + r * kQueryRow);
+        }
+        for (int64_t c = 1; c < chunks; ++c) {
+          for (int i = 0; i < 2; ++i) {
+            const ExpandedRow more(k, dim, t + pair * 2 + i, c, table);
+            for (int r = 0; r < kRows; ++r) {
+              acc[i][r] = _mm512_add_ps(
+                  acc[i][r], more.times(q + b * block_q + c * kQueryChunk + r * kQueryRow));
+            }
+          }
+        }
+        half[b][pair] = reduce_pair(acc[0], acc[1]);
+      }
+    }
+    for (int b = 0; b < B; ++b) {
+      float* out = s + b * kBlockScores + t * kRows;
+      const __m512 start = accumulate ? _mm512_load_ps(out) : spread_rows(offset + b * kRows);
+      _mm512_store_ps(out, _mm512_fmadd_ps(reduce_pairs(half[b][0], half[b][1]), page_scale, start));
+    }
+  }
+}
+
+template <int B>
+void score_nvfp4_any(const Nvfp4ConstPlane& k, int64_t dim, const uint16_t* q, const float* offset,
+                     float* s, bool accumulate) {
+  switch (dim) {
+    case 64:
+      return score_nvfp4_blocks<B, 64>(k, dim, q, offset, s, accumulate);
+    case 128:
+      return score_nvfp4_blocks<B, 128>(k, dim, q, offset, s, accumulate);
+    default:
+      return score_nvfp4_blocks<B, 0>(k, dim, q, offset, s, accumulate);
+  }
+}
+
+void score_nvfp4(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
+                 const float* offset, float* s, bool accumulate) {
+  const auto* packed = reinterpret_cast<const uint16_t*>(q);
+  const int64_t step = query_elements(dim);
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2) {
+    score_nvfp4_any<2>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
+                       accumulate);
+  }
+  if (b < blocks) {
+    score_nvfp4_any<1>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
+                       accumulate);
+  }
+}
+
+template <int64_t kDim>
+void score_bf16_block(const Bf16Rows& k, int64_t any_dim, const uint16_t* q, const float* offset,
+                      float* s) {
+  const int64_t dim = kDim > 0 ? kDim : any_dim;
+  const int64_t vectors = (dim + 31) / 32;
+  for (int64_t t = 0; t < kPageTokens; t += 4) {
+    __m512 half[2];
+    for (int pair = 0; pair < 2; ++pair) {
+      __m512 acc[2][kRows] = {};
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = t + pair * 2 + i;
+        if (row >= k.tokens) continue;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t left = dim - v * 32;
+          const auto mask = static_cast<__mmask32>(left >= 32 ? ~0u : (1u << left) - 1);
+          const __m512i x = _mm512_maskz_loadu_epi16(mask, k.data + row * k.stride + v * 32);
+          const uint16_t* at = q + v / 4 * kQueryChunk + kQueryLayout + v % 4 * 32;
+          for (int r = 0; r < kRows; ++r) {
+            acc[i][r] = dot(acc[i][r], x, _mm512_load_si512(at + r * kQueryRow));
+          }
+        }
+      }
+      half[pair] = reduce_pair(acc[0], acc[1]);
+    }
+    _mm512_store_ps(s + t * kRows,
+                    _mm512_add_ps(reduce_pairs(half[0], half[1]), spread_rows(offset)));
+  }
+}
+
+void score_bf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
+                const float* offset, float* s) {
+  const auto* packed = reinterpret_cast<const uint16_t*>(q);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const auto score = dim == 64    ? score_bf16_block<64>
+                       : dim == 128 ? score_bf16_block<128>
+                                    : score_bf16_block<0>;
+    score(k, dim, packed + b * query_elements(dim), offset + b * kRows, s + b * kBlockScores);
+  }
+}
+
+inline __m512 widen(const uint16_t* v, __mmask16 mask) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v)), 16));
+}
+
+inline __mmask16 lane_mask(int64_t left) {
+  return static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1);
+}
+
+void dot_bf16(const uint16_t* v, int64_t dim, const float* const* rows, float* out) {
+  __m512 acc[kRows] = {};
+  for (int64_t d = 0; d < dim; d += 16) {
+    const __mmask16 mask = lane_mask(dim - d);
+    const __m512 x = widen(v + d, mask);
+    for (int r = 0; r < kRows; ++r) {
+      if (rows[r] != nullptr) {
+        acc[r] = _mm512_fmadd_ps(x, _mm512_maskz_loadu_ps(mask, rows[r] + d), acc[r]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = _mm512_reduce_add_ps(acc[r]);
+}
+
+// ---- softmax
+
+// exp(x), x <= 0 or -inf (gives 0). Relative error below 3e-7: x = n ln 2 + r in two parts, a
+// polynomial of degree 6 on |r| <= ln 2 / 2.
+inline __m512 exp_nonpositive(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 y = _mm512_set1_ps(1.0f / 720.0f);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 120.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 24.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 6.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+}
+
+// exp(s - ref) where s > -inf, else 0: keeps -inf - -inf out.
+inline __m512 exp_difference(__m512 s, __m512 ref) {
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask(s, _mm512_set1_ps(-3.0e38f), _CMP_GT_OQ);
+  return _mm512_maskz_mov_ps(finite, exp_nonpositive(_mm512_sub_ps(s, ref)));
+}
+
+// cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2x) + 1) with exp of a value <= 0.
+inline __m512 capped(__m512 s, float cap) {
+  const __m512 x = _mm512_mul_ps(s, _mm512_set1_ps(1.0f / cap));
+  const __m512 e = exp_nonpositive(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f)));
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 t = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+  return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_or_ps(t, sign));
+}
+
+// The largest of each row's lanes, in all of them; the same for sums.
+inline __m512 fold_max(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  return _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
+}
+inline __m512 fold_add(__m512 x) {
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  return _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+}
+// Lanes 0, 2, 4, 6: the rows.
+inline void store_rows(__m512 x, float* out) {
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(index, x)));
+}
+
+void page_softmax(float* s, float softcap, const BlockMask* mask, float* m, float* l) {
+  if (softcap > 0) {
+    for (int64_t i = 0; i < kBlockScores; i += 16) {
+      _mm512_store_ps(s + i, capped(_mm512_load_ps(s + i), softcap));
+    }
+  }
+  if (mask != nullptr) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t t = 0; t < kPageTokens; ++t) {
+        if (t < mask->first[r] || t >= mask->end[r]) s[score_index(t, r)] = -__builtin_inff();
+      }
+    }
+  }
+  __m512 top = _mm512_load_ps(s);
+  for (int64_t i = 16; i < kBlockScores; i += 16) top = _mm512_max_ps(top, _mm512_load_ps(s + i));
+  top = fold_max(top);
+  const __m512 ref = _mm512_max_ps(top, _mm512_set1_ps(-3.0e38f));
+  __m512 sum[2] = {};
+  for (int64_t i = 0; i < kBlockScores; i += 32) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512 p = exp_difference(_mm512_load_ps(s + i + 16 * j), ref);
+      _mm512_store_ps(s + i + 16 * j, p);
+      sum[j] = _mm512_add_ps(sum[j], p);
+    }
+  }
+  store_rows(top, m);
+  store_rows(fold_add(_mm512_add_ps(sum[0], sum[1])), l);
+}
+
+inline __mmask16 pages_mask(int64_t pages) { return lane_mask(pages * kRows); }
+
+void merge_pages(const float* m, const float* l, int64_t pages, float* total_m, float* total_l) {
+  const __m512 none = _mm512_set1_ps(-__builtin_inff());
+  const __m512 start = _mm512_broadcast_f32x4(_mm_loadu_ps(total_m));
+  __m512 top = start;
+  for (int64_t j = 0; j < pages; j += 4) {
+    top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, pages_mask(pages - j), m + j * kRows));
+  }
+  top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0x4e));
+  top = _mm512_max_ps(top, _mm512_shuffle_f32x4(top, top, 0xb1));
+  const __m512 ref = _mm512_max_ps(top, _mm512_set1_ps(-3.0e38f));
+  __m512 sum = _mm512_maskz_mul_ps(0xf, _mm512_broadcast_f32x4(_mm_loadu_ps(total_l)),
+                                   exp_difference(start, ref));
+  for (int64_t j = 0; j < pages; j += 4) {
+    const __mmask16 mask = pages_mask(pages - j);
+    const __m512 e = exp_difference(_mm512_mask_loadu_ps(none, mask, m + j * kRows), ref);
+    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, l + j * kRows), e, sum);
+  }
+  sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e));
+  sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xb1));
+  _mm_storeu_ps(total_m, _mm512_castps512_ps128(top));
+  _mm_storeu_ps(total_l, _mm512_castps512_ps128(sum));
+}
+
+void page_masses(const float* m, const float* l, int64_t pages, const float* lse, float* mass,
+                 float* factor) {
+  const __m512 ref = _mm512_broadcast_f32x4(_mm_loadu_ps(lse));
+  const __mmask16 seen = _mm512_cmp_ps_mask(ref, _mm512_set1_ps(-3.0e38f), _CMP_GT_OQ);
+  for (int64_t j = 0; j < pages; j += 4) {
+    const __mmask16 mask = pages_mask(pages - j);
+    const __m512 top = _mm512_maskz_loadu_ps(mask, m + j * kRows);
+    const __m512 e = _mm512_maskz_mov_ps(seen, exp_difference(top, ref));
+    _mm512_mask_storeu_ps(factor + j * kRows, mask, e);
+    _mm512_mask_storeu_ps(mass + j * kRows, mask,
+                          _mm512_mul_ps(e, _mm512_maskz_loadu_ps(mask, l + j * kRows)));
+  }
+}
+
+// ---- values. Accumulators of a block: [chunk][codes: 2 halves][row][shift 4][16], then
+// [chunk][BF16 rows: 2 halves][row][vector 4][16], then the means [row][dim rounded up to 128].
+
+constexpr int64_t kAccHalf = kRows * 4 * 16;
+constexpr int64_t kAccChunk = 2 * kAccHalf;
+int64_t bf16_accumulators(int64_t dim) { return chunks_of(dim) * kAccChunk; }
+int64_t mean_accumulators(int64_t dim) { return 2 * bf16_accumulators(dim); }
+int64_t accumulator_floats(int64_t dim) {
+  return mean_accumulators(dim) + kRows * chunks_of(dim) * kChunk;
+}
+
+template <bool kHigh>
+inline __m512i interleave(__m512i a, __m512i b) {
+  return kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+}
+
+// One half of the words of a chunk: P x scale of token pairs [32][row][8 groups x 2], BF16.
+template <bool kHigh>
+void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, const uint16_t* weights,
+                float* acc) {
+  const __m512i table = value_table();
+  const int h = kHigh ? 1 : 0;
+  const __m512i groups = _mm512_setr_epi32(h, h, h, h, 2 + h, 2 + h, 2 + h, 2 + h, 4 + h, 4 + h,
+                                           4 + h, 4 + h, 6 + h, 6 + h, 6 + h, 6 + h);
+  __m512 sum[kRows][4];
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_load_ps(acc + (r * 4 + k) * 16);
+  }
+  for (int64_t j = 0; j < kPairs; ++j) {
+    const uint8_t* at = codes + 2 * j * row_bytes;
+    const __m512i words = interleave<kHigh>(_mm512_maskz_loadu_epi8(code_mask, at),
+                                            _mm512_maskz_loadu_epi8(code_mask, at + row_bytes));
+    const __m512i v[4] = {expand<0>(words, table), expand<4>(words, table),
+                          expand<8>(words, table), expand<12>(words, table)};
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i pairs =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (j * kRows + r) * 16));
+      const __m512i w = _mm512_permutexvar_epi32(groups, _mm512_castsi256_si512(pairs));
+      for (int k = 0; k < 4; ++k) sum[r][k] = dot(sum[r][k], v[k], w);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < 4; ++k) _mm512_store_ps(acc + (r * 4 + k) * 16, sum[r][k]);
+  }
+}
+
+void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
+                 int64_t blocks, float* acc) {
+  const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
+  const int64_t step = accumulator_floats(dim);
+  alignas(64) float scaled[kBlockScores];
+  alignas(64) uint16_t weights[kPairs * kRows * 16];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512 f = _mm512_mul_ps(spread_rows(factor + b * kRows),
+                                   _mm512_set1_ps(v.page_scale * kScaleUnit));
+    for (int64_t i = 0; i < kBlockScores; i += 16) {
+      _mm512_store_ps(scaled + i, _mm512_mul_ps(_mm512_load_ps(p + b * kBlockScores + i), f));
+    }
+    for (int64_t c = 0; c < chunks_of(dim); ++c) {
+      const int64_t n = chunk_elements(dim, c);
+      const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
+      for (int64_t j = 0; j < kPairs; ++j) {
+        const uint8_t* at = v.scales + 2 * j * row_scales + c * (kChunk / kNvfp4Group);
+        const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
+                                               _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
+        const __m512 scale =
+            _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
+        for (int r = 0; r < kRows; ++r) {
+          double pair;
+          std::memcpy(&pair, scaled + j * 8 + r * 2, sizeof pair);
+          const __m512 w = _mm512_mul_ps(scale, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+          _mm256_store_si256(reinterpret_cast<__m256i*>(weights + (j * kRows + r) * 16),
+                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
+        }
+      }
+      float* at = acc + b * step + c * kAccChunk;
+      const uint8_t* codes = v.codes + c * (kChunk / 2);
+      weigh_half<false>(codes, row_bytes, byte_mask(n / 2), weights, at);
+      weigh_half<true>(codes, row_bytes, byte_mask(n / 2), weights, at + kAccHalf);
+    }
+  }
+}
+
+template <bool kHigh>
+void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t* weights,
+                     float* acc) {
+  __mmask32 mask[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t left = n - i * 32;
+    mask[i] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
+  }
+  __m512 sum[kRows][4];
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_load_ps(acc + (r * 4 + k) * 16);
+  }
+  for (int64_t j = 0; 2 * j < v.tokens; ++j) {
+    const uint16_t* at = v.data + 2 * j * v.stride + first;
+    // The last row of an odd count has no partner: its weight there is zero, its values must be too.
+    const bool second = 2 * j + 1 < v.tokens;
+    __m512i x[4];
+    for (int k = 0; k < 4; ++k) {
+      x[k] = interleave<kHigh>(
+          _mm512_maskz_loadu_epi16(mask[k], at + k * 32),
+          second ? _mm512_maskz_loadu_epi16(mask[k], at + v.stride + k * 32) : _mm512_setzero_si512());
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[j * kRows + r]));
+      for (int k = 0; k < 4; ++k) sum[r][k] = dot(sum[r][k], x[k], w);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < 4; ++k) _mm512_store_ps(acc + (r * 4 + k) * 16, sum[r][k]);
+  }
+}
+
+void weigh_bf16(const Bf16Rows& v, int64_t dim, const float* p, const float* factor, int64_t blocks,
+                float* acc) {
+  const int64_t step = accumulator_floats(dim);
+  alignas(64) uint32_t weights[kPairs * kRows];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512 f = spread_rows(factor + b * kRows);
+    for (int64_t i = 0; i < kBlockScores; i += 16) {
+      const __m512 w = _mm512_mul_ps(_mm512_load_ps(p + b * kBlockScores + i), f);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i / 2),
+                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
+    }
+    for (int64_t c = 0; c < chunks_of(dim); ++c) {
+      float* at = acc + b * step + bf16_accumulators(dim) + c * kAccChunk;
+      const int64_t n = chunk_elements(dim, c);
+      weigh_bf16_half<false>(v, c * kChunk, n, weights, at);
+      weigh_bf16_half<true>(v, c * kChunk, n, weights, at + kAccHalf);
+    }
+  }
+}
+
+void add_mean(const uint16_t* mean, int64_t dim, const float* weight, float* acc) {
+  const int64_t padded = chunks_of(dim) * kChunk;
+  float* out = acc + mean_accumulators(dim);
+  __m512 w[kRows];
+  for (int r = 0; r < kRows; ++r) w[r] = _mm512_set1_ps(weight[r]);
+  for (int64_t d = 0; d < dim; d += 16) {
+    const __m512 x = widen(mean + d, lane_mask(dim - d));
+    for (int r = 0; r < kRows; ++r) {
+      float* at = out + r * padded + d;
+      _mm512_store_ps(at, _mm512_fmadd_ps(x, w[r], _mm512_load_ps(at)));
+    }
+  }
+}
+
+void add_row(const float* acc, int64_t dim, int64_t row, float* out) {
+  const float* mean = acc + mean_accumulators(dim) + row * chunks_of(dim) * kChunk;
+  for (int64_t d = 0; d < dim; ++d) {
+    const int64_t c = d / kChunk, i = d % kChunk;
+    // Codes: element 32 L + 16 H + 4 j + k is lane 4 L + j of half H, shift k.
+    const int64_t code = c * kAccChunk + i % 32 / 16 * kAccHalf + (row * 4 + i % 4) * 16 +
+                         i / 32 * 4 + i % 16 / 4;
+    // Rows: element 32 v + 8 L + 4 H + j is lane 4 L + j of half H, vector v.
+    const int64_t plain = bf16_accumulators(dim) + c * kAccChunk + i % 8 / 4 * kAccHalf +
+                          (row * 4 + i / 32) * 16 + i % 32 / 8 * 4 + i % 4;
+    out[d] += acc[code] + acc[plain] + mean[d];
+  }
+}
+
+constexpr DecodeKernels kKernels = {
+    .name = "AVX-512 BF16",
+    .query_bytes = query_bytes,
+    .pack_queries = pack_queries,
+    .score_nvfp4 = score_nvfp4,
+    .score_bf16 = score_bf16,
+    .dot_bf16 = dot_bf16,
+    .page_softmax = page_softmax,
+    .merge_pages = merge_pages,
+    .page_masses = page_masses,
+    .accumulator_floats = accumulator_floats,
+    .weigh_nvfp4 = weigh_nvfp4,
+    .weigh_bf16 = weigh_bf16,
+    .add_mean = add_mean,
+    .add_row = add_row,
+};
+
+}  // namespace
+}  // namespace thriftattn
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace thriftattn {
+
+const DecodeKernels* decode_kernels_bf16() {
+  static const bool native = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bf16");
+  return native ? &kKernels : nullptr;
+}
+
+}  // namespace thriftattn
+
+#else
+
+namespace thriftattn {
+
+const DecodeKernels* decode_kernels_bf16() { return nullptr; }
+
+}  // namespace thriftattn
+
+#endif

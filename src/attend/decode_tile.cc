@@ -1,0 +1,380 @@
+// Decode of one KV head for a few queries (decode_tile.h).
+#include "attend/decode_tile.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+#include "attend/read_stats.h"
+#include "cache/page_codec.h"
+#include "formats/k_transform.h"
+
+namespace thriftattn {
+namespace {
+
+constexpr std::align_val_t kLine{64};
+
+AlignedFloats aligned(int64_t n) {
+  return AlignedFloats(static_cast<float*>(
+      ::operator new(static_cast<size_t>(n) * sizeof(float), kLine)));
+}
+
+bool in_reach(const SideLayout& side) { return side.layered || side.format == Format::bf16; }
+
+}  // namespace
+
+void AlignedDelete::operator()(void* p) const { ::operator delete(p, kLine); }
+
+bool DecodeTile::supports(const LayerStore& store) {
+  return in_reach(store.layout.k) && in_reach(store.layout.v) &&
+         store.policy.rule == PromoteRule::mass;
+}
+
+DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
+                       const DecodeKernels& kernels)
+    : view_(view), request_(request), store_(view.store()), kernels_(kernels), spec_(spec) {
+  group_ = store_.shape.q_heads / store_.shape.kv_heads;
+  rows_ = spec.positions * group_;
+  blocks_ = (rows_ + kRowBlock - 1) / kRowBlock;
+  const int64_t window = store_.shape.window;
+  const int64_t first_visible =
+      window > 0 ? std::max<int64_t>(0, spec.first_token + 1 - window) : 0;
+  page_begin_ = first_visible / kPageTokens;
+  page_end_ = spec.first_token / kPageTokens + 1;
+  open_from_ = spec.first_token / kPageTokens;
+  split_begin_ = page_begin_ / kSplitPages;
+  split_end_ = (page_end_ - 1) / kSplitPages + 1;
+  layered_ = store_.layout.any_layered();
+
+  const int64_t pages = page_end_ - page_begin_;
+  const auto states = static_cast<size_t>(pages * blocks_ * kRowBlock);
+  p_ = aligned(pages * blocks_ * kBlockScores);
+  m_.resize(states);
+  l_.resize(states);
+  mass_.resize(states);
+  factor_.resize(states);
+  final_mass_.resize(states);
+  lse_.assign(static_cast<size_t>(blocks_ * kRowBlock), kNegInf);
+  reads_.assign(static_cast<size_t>(pages * spec.positions), PageRead::base);
+  accumulators_.resize(static_cast<size_t>(splits()));
+  sums_.resize(static_cast<size_t>(splits()));
+  pack_queries();
+}
+
+int64_t DecodeTile::page_first(int64_t split) const {
+  return std::max(page_begin_, (split_begin_ + split) * kSplitPages);
+}
+
+int64_t DecodeTile::page_last(int64_t split) const {
+  return std::min(page_end_, (split_begin_ + split + 1) * kSplitPages);
+}
+
+DecodeTile::Page DecodeTile::page(int64_t index) const {
+  const int64_t window = store_.shape.window;
+  const int64_t last_token = spec_.first_token + spec_.positions - 1;
+  const bool past = index < open_from_;
+  return {.index = index,
+          .sealed = past || !layered_,
+          .whole = past && (window == 0 || index * kPageTokens > last_token - window)};
+}
+
+void DecodeTile::pack_queries() {
+  const int64_t dim = store_.layout.k.dim;
+  queries_.resize(static_cast<size_t>(rows_ * dim));
+  query_rows_.assign(static_cast<size_t>(blocks_ * kRowBlock), nullptr);
+  const float* eq = store_.equalizer.empty() ? nullptr : &store_.equalizer[spec_.kv_head * dim];
+  for (int64_t r = 0; r < rows_; ++r) {
+    const float* q =
+        request_.q.row(spec_.first_query + position_of(r), spec_.kv_head * group_ + r % group_);
+    float* row = &queries_[static_cast<size_t>(r * dim)];
+    if (store_.layout.k.layered) {
+      equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.policy.rotate, row, dim);
+    } else {
+      std::copy_n(q, dim, row);
+    }
+    for (int64_t d = 0; d < dim; ++d) row[d] *= request_.config.softmax_scale;
+    query_rows_[static_cast<size_t>(r)] = row;
+  }
+  const int64_t bytes = kernels_.query_bytes(dim);
+  packed_.reset(static_cast<std::byte*>(
+      ::operator new(static_cast<size_t>(blocks_ * bytes), kLine)));
+  for (int64_t b = 0; b < blocks_; ++b) {
+    kernels_.pack_queries(&query_rows_[static_cast<size_t>(b * kRowBlock)], dim,
+                          packed_.get() + b * bytes);
+  }
+}
+
+// A plain side's rows, or the open form.
+Bf16Rows DecodeTile::bf16_rows(const SideLayout& side, const Page& page) const {
+  const int64_t tokens = std::min(kPageTokens, view_.length() - page.index * kPageTokens);
+  if (!side.layered) {
+    const uint8_t* head = view_.head(page.index, spec_.kv_head);
+    return {.data = reinterpret_cast<const uint16_t*>(head + side.rows),
+            .stride = side.row_bytes / 2,
+            .tokens = tokens};
+  }
+  const OpenPage& open = *view_.open(page.index);
+  const std::vector<uint16_t>& rows = &side == &store_.layout.k ? open.k : open.v;
+  return {.data = &rows[static_cast<size_t>(spec_.kv_head * side.dim * kPageTokens)],
+          .stride = side.dim,
+          .tokens = tokens};
+}
+
+Nvfp4ConstPlane DecodeTile::base_plane(const SideLayout& side, const Page& page) const {
+  const uint8_t* head = view_.head(page.index, spec_.kv_head);
+  const PageMeta& meta = page_meta(store_.layout, head);
+  return {head + side.codes, head + side.scales,
+          &side == &store_.layout.k ? meta.k_scale : meta.v_scale};
+}
+
+Nvfp4ConstPlane DecodeTile::residual_plane(const SideLayout& side, const Page& page) const {
+  const PageMeta& meta = page_meta(store_.layout, view_.head(page.index, spec_.kv_head));
+  const uint8_t* residual = view_.residual(page.index, spec_.kv_head);
+  return {residual + side.res_codes, residual + side.res_scales,
+          &side == &store_.layout.k ? meta.k_res_scale : meta.v_res_scale};
+}
+
+// What q' is dotted with besides the values of K; null for a plain side.
+const uint16_t* DecodeTile::k_mean(const Page& page) const {
+  const SideLayout& side = store_.layout.k;
+  if (!side.layered) return nullptr;
+  if (!page.sealed) {
+    return &view_.open(page.index)->k_reference[static_cast<size_t>(spec_.kv_head * side.dim)];
+  }
+  return reinterpret_cast<const uint16_t*>(view_.head(page.index, spec_.kv_head) + side.mean);
+}
+
+// Linear base scores of `blocks` blocks.
+void DecodeTile::score_page(const Page& page, int64_t first_block, int64_t blocks, float* s) const {
+  const SideLayout& side = store_.layout.k;
+  const std::byte* q = packed_.get() + first_block * kernels_.query_bytes(side.dim);
+  std::vector<float> offset(static_cast<size_t>(blocks * kRowBlock), 0.0f);
+  if (const uint16_t* mean = k_mean(page)) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      kernels_.dot_bf16(mean, side.dim,
+                        &query_rows_[static_cast<size_t>((first_block + b) * kRowBlock)],
+                        &offset[static_cast<size_t>(b * kRowBlock)]);
+    }
+  }
+  if (side.layered && page.sealed) {
+    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset.data(), s, false);
+  } else {
+    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset.data(), s);
+  }
+}
+
+// Caps, hides what each row may not see, and turns scores into exp(s - m).
+void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* m,
+                              float* l) const {
+  if (page.whole) {
+    kernels_.page_softmax(s, request_.config.softcap, nullptr, m, l);
+    return;
+  }
+  const int64_t window = store_.shape.window;
+  const int64_t begin = page.index * kPageTokens;
+  BlockMask mask;
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    const int64_t row = block * kRowBlock + r;
+    const int64_t position = spec_.first_token + (row < rows_ ? position_of(row) : 0);
+    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window - begin) : 0;
+    mask.first[r] = static_cast<int32_t>(std::min(first, kPageTokens));
+    mask.end[r] = static_cast<int32_t>(std::min(kPageTokens, position + 1 - begin));
+  }
+  kernels_.page_softmax(s, request_.config.softcap, &mask, m, l);
+}
+
+void DecodeTile::score(int64_t split) {
+  const int64_t pages = page_end_ - page_begin_;
+  for (int64_t j = page_first(split); j < page_last(split); ++j) {
+    const Page p = page(j);
+    score_page(p, 0, blocks_, weights(j, 0));
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const auto state = static_cast<size_t>((b * pages + j - page_begin_) * kRowBlock);
+      softmax_page(p, b, weights(j, b), &m_[state], &l_[state]);
+    }
+  }
+}
+
+// The LSE over everything visible, each page's mass, and from it how each page is read.
+void DecodeTile::combine() {
+  const int64_t pages = page_end_ - page_begin_;
+  for (int64_t b = 0; b < blocks_; ++b) {
+    float m[kRowBlock], l[kRowBlock];
+    for (int64_t r = 0; r < kRowBlock; ++r) {
+      m[r] = kNegInf;
+      l[r] = 0.0f;
+      const int64_t row = b * kRowBlock + r;
+      if (request_.sink_logits != nullptr && row < rows_) {
+        m[r] = request_.sink_logits[spec_.kv_head * group_ + row % group_];
+        l[r] = 1.0f;
+      }
+    }
+    const auto first = static_cast<size_t>(b * pages * kRowBlock);
+    kernels_.merge_pages(&m_[first], &l_[first], pages, m, l);
+    float* lse = &lse_[static_cast<size_t>(b * kRowBlock)];
+    for (int64_t r = 0; r < kRowBlock; ++r) lse[r] = SoftmaxScalar{m[r], l[r]}.lse();
+    kernels_.page_masses(&m_[first], &l_[first], pages, lse, &mass_[first], &factor_[first]);
+  }
+  final_mass_ = mass_;
+  for (int64_t j = page_begin_; j < std::min(page_end_, open_from_) && layered_; ++j) {
+    decide(page(j));
+  }
+}
+
+void DecodeTile::decide(const Page& page) {
+  const LayerPolicy& policy = store_.policy;
+  const MassRule rule{static_cast<float>(policy.promote), static_cast<float>(policy.skip)};
+  const bool held = view_.residual(page.index, spec_.kv_head) != nullptr;
+  const int64_t pages = page_end_ - page_begin_, j = page.index - page_begin_;
+  for (int64_t i = 0; i < spec_.positions; ++i) {
+    float top = 0;
+    for (int64_t row = i * group_; row < (i + 1) * group_; ++row) {
+      top = std::max(top, mass_[static_cast<size_t>(
+                              (row / kRowBlock * pages + j) * kRowBlock + row % kRowBlock)]);
+    }
+    const PageFacts facts = page_facts(store_.layout, policy, page.index, spec_.first_token + i + 1,
+                                       store_.shape.window, held);
+    reads_[static_cast<size_t>(j * spec_.positions + i)] = read_by_mass(rule, facts, top);
+  }
+}
+
+// Rows of the block that are read in full get new weights, of base + residual scores. Returns
+// through `factor` what every row's weights are multiplied with (0 for a skipped row).
+void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* factor) {
+  const SideLayout& side = store_.layout.k;
+  const int64_t pages = page_end_ - page_begin_;
+  const auto state =
+      static_cast<size_t>((block * pages + page.index - page_begin_) * kRowBlock);
+  alignas(64) float s[kBlockScores];
+  float m[kRowBlock], l[kRowBlock], mass[kRowBlock], again[kRowBlock];
+  score_page(page, block, 1, s);
+  if (side.layered) {
+    kernels_.score_nvfp4(residual_plane(side, page), side.dim,
+                         packed_.get() + block * kernels_.query_bytes(side.dim), 1, nullptr, s,
+                         true);
+  }
+  softmax_page(page, block, s, m, l);
+  kernels_.page_masses(m, l, 1, &lse_[static_cast<size_t>(block * kRowBlock)], mass, again);
+  float* p = weights(page.index, block);
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    const int64_t row = block * kRowBlock + r;
+    if (row >= rows_ || read(page.index, row) != PageRead::full) continue;
+    for (int64_t t = 0; t < kPageTokens; ++t) p[score_index(t, r)] = s[score_index(t, r)];
+    factor[r] = again[r];
+    sums[r] += mass[r] - final_mass_[state + static_cast<size_t>(r)];
+    final_mass_[state + static_cast<size_t>(r)] = mass[r];
+  }
+}
+
+// O += P.V of one page for all blocks.
+void DecodeTile::weigh(const Page& page, float* accumulators, float* sums) {
+  const SideLayout& side = store_.layout.v;
+  const int64_t pages = page_end_ - page_begin_, j = page.index - page_begin_;
+  const int64_t step = kernels_.accumulator_floats(side.dim);
+  const bool tiers = layered_ && page.sealed;
+  for (int64_t b = 0; b < blocks_; ++b) {
+    const auto state = static_cast<size_t>((b * pages + j) * kRowBlock);
+    float factor[kRowBlock], full[kRowBlock] = {};
+    float* p = weights(page.index, b);
+    bool any = false, promoted = false;
+    std::copy_n(&factor_[state], kRowBlock, factor);
+    for (int64_t r = 0; r < kRowBlock; ++r) {
+      const int64_t row = b * kRowBlock + r;
+      const PageRead how = tiers && row < rows_ ? read(page.index, row) : PageRead::base;
+      if (row >= rows_ || how == PageRead::skip) {
+        factor[r] = 0.0f;
+      } else {
+        any = true;
+        promoted |= how == PageRead::full;
+      }
+      sums[b * kRowBlock + r] += mass_[state + static_cast<size_t>(r)];
+    }
+    if (promoted) {
+      promote(page, b, sums + b * kRowBlock, factor);
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        const int64_t row = b * kRowBlock + r;
+        full[r] = row < rows_ && read(page.index, row) == PageRead::full ? factor[r] : 0.0f;
+      }
+    }
+    float* acc = accumulators + b * step;
+    if (tiers && side.layered) {
+      // The page's mean of V, weighted by the row's own mass: all that a skipped page gives.
+      const uint8_t* head = view_.head(page.index, spec_.kv_head);
+      kernels_.add_mean(reinterpret_cast<const uint16_t*>(head + side.mean), side.dim,
+                        &final_mass_[state], acc);
+      if (any) kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, 1, acc);
+      if (promoted) kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, 1, acc);
+    } else {
+      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, 1, acc);
+    }
+  }
+}
+
+void DecodeTile::accumulate(int64_t split) {
+  const int64_t floats = blocks_ * kernels_.accumulator_floats(store_.layout.v.dim);
+  AlignedFloats acc = aligned(floats);
+  std::fill_n(acc.get(), floats, 0.0f);
+  std::vector<float> sums(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
+  for (int64_t j = page_first(split); j < page_last(split); ++j) {
+    weigh(page(j), acc.get(), sums.data());
+  }
+  accumulators_[static_cast<size_t>(split)] = std::move(acc);
+  sums_[static_cast<size_t>(split)] = std::move(sums);
+}
+
+void DecodeTile::finish(AttendStats* stats) {
+  const int64_t dim = store_.layout.v.dim;
+  const int64_t step = kernels_.accumulator_floats(dim);
+  std::vector<float> o(static_cast<size_t>(dim));
+  for (int64_t r = 0; r < rows_; ++r) {
+    const int64_t i = position_of(r), q_head = spec_.kv_head * group_ + r % group_;
+    const float lse = lse_[static_cast<size_t>(r)];
+    float total = 0.0f;
+    if (request_.sink_logits != nullptr) {
+      total = softmax_rescale(request_.sink_logits[q_head], lse);
+    }
+    std::fill(o.begin(), o.end(), 0.0f);
+    for (int64_t s = 0; s < splits(); ++s) {
+      total += sums_[static_cast<size_t>(s)][static_cast<size_t>(r)];
+      kernels_.add_row(accumulators_[static_cast<size_t>(s)].get() + r / kRowBlock * step, dim,
+                       r % kRowBlock, o.data());
+    }
+    const float inverse = total > 0 ? 1.0f / total : 0.0f;
+    float* out = request_.out.row(spec_.first_query + i, q_head);
+    for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;
+    if (request_.lse.data) {
+      *request_.lse.row(spec_.first_query + i, q_head) = SoftmaxScalar{lse, total}.lse();
+    }
+  }
+  if (stats) add_stats(*stats);
+}
+
+void DecodeTile::add_stats(AttendStats& stats) const {
+  const int64_t window = store_.shape.window;
+  const int64_t pages = page_end_ - page_begin_;
+  for (int64_t i = 0; i < spec_.positions; ++i) {
+    const int64_t position = spec_.first_token + i;
+    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+    RowStats row_stats(stats, store_.layout, store_.policy.promote);
+    for (int64_t j = page_begin_; j < page_end_; ++j) {
+      const int64_t begin = std::max(first, j * kPageTokens);
+      const int64_t tokens = std::min(position + 1, (j + 1) * kPageTokens) - begin;
+      if (tokens <= 0) continue;
+      const Page p = page(j);
+      if (!layered_ || !p.sealed) {
+        row_stats.add_plain(tokens, !p.sealed);
+        continue;
+      }
+      const PageRead how = read(j, i * group_);
+      row_stats.add_page(how, tokens);
+      for (int64_t row = i * group_; row < (i + 1) * group_; ++row) {
+        const auto state = static_cast<size_t>(
+            (row / kRowBlock * pages + j - page_begin_) * kRowBlock + row % kRowBlock);
+        row_stats.add_mass(how, mass_[state], final_mass_[state]);
+      }
+    }
+    row_stats.finish(group_);
+  }
+}
+
+}  // namespace thriftattn

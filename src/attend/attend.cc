@@ -1,6 +1,7 @@
 // attend(): checks the request, cuts it into tiles and runs them on the threads.
 #include <fmt/format.h>
 #include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +10,7 @@
 
 #include "attend/attend_tile.h"
 #include "attend/decode_tile.h"
+#include "attend/prefill_head.h"
 #include "attend/request.h"
 #include "thriftattn/attention.h"
 #include "thriftattn/error.h"
@@ -184,6 +186,20 @@ void run_tiles(const std::vector<TileSpec>& specs, bool few, const MakeTile& mak
   tbb::parallel_for(size_t{0}, tiles.size(), [&](size_t i) { tiles[i]->finish(stats_of(i)); });
 }
 
+void run_heads(const LayerView& view, const AttendRequest& request, const PrefillKernels& kernels) {
+  const int64_t heads = view.store().shape.kv_heads;
+  std::vector<AttendStats> stats(static_cast<size_t>(heads));
+  tbb::parallel_for(int64_t{0}, heads, [&](int64_t head) {
+    // Its inner loops must not take another head's task in the middle of a tile.
+    tbb::this_task_arena::isolate([&] {
+      PrefillHead(view, request, head, kernels).run(request.stats ? &stats[head] : nullptr);
+    });
+  });
+  if (request.stats) {
+    for (const AttendStats& s : stats) request.stats->merge(s);
+  }
+}
+
 }  // namespace
 
 void attend(const KvCache& cache, const AttendRequest& request) {
@@ -193,6 +209,13 @@ void attend(const KvCache& cache, const AttendRequest& request) {
       request.config.math == AttendMath::fast ? decode_kernels_bf16() : nullptr;
   const bool fast_decode = kernels != nullptr && request.config.mode == AttendMode::decode &&
                            DecodeTile::supports(view.store());
+  const PrefillKernels* prefill =
+      request.config.math == AttendMath::fast ? prefill_kernels_bf16() : nullptr;
+  if (prefill != nullptr && request.config.mode == AttendMode::prefill && !few &&
+      PrefillHead::supports(view.store())) {
+    run_heads(view, request, *prefill);
+    return;
+  }
   const std::vector<TileSpec> specs =
       make_tiles(view, request, fast_decode ? kDecodeRows : kTileRows);
   std::vector<AttendStats> stats(request.stats ? specs.size() : 0);

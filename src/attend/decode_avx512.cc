@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/cpu_info.h"
 #include "base/float_convert.h"
 
 #if defined(__clang__)
@@ -28,6 +29,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #endif
+#include "attend/avx512_math.h"
 
 namespace thriftattn {
 namespace {
@@ -53,8 +55,6 @@ __m512i value_table() {
 
 inline __mmask64 byte_mask(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
-inline __m512bh bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
-inline __m512 dot(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, bf16(a), bf16(b)); }
 
 template <int kShift>
 inline __m512i expand(__m512i words, __m512i table) {
@@ -146,10 +146,10 @@ struct ExpandedRow {
 
   // The products of one query row's part, times the scales: 16 lanes still to be added.
   __m512 times(const uint16_t* q) const {
-    __m512 sum = dot(_mm512_setzero_ps(), k[0], _mm512_load_si512(q));
-    sum = dot(sum, k[1], _mm512_load_si512(q + 32));
-    sum = dot(sum, k[2], _mm512_load_si512(q + 64));
-    sum = dot(sum, k[3], _mm512_load_si512(q + 96));
+    __m512 sum = dot_bf16_pairs(_mm512_setzero_ps(), k[0], _mm512_load_si512(q));
+    sum = dot_bf16_pairs(sum, k[1], _mm512_load_si512(q + 32));
+    sum = dot_bf16_pairs(sum, k[2], _mm512_load_si512(q + 64));
+    sum = dot_bf16_pairs(sum, k[3], _mm512_load_si512(q + 96));
     return _mm512_mul_ps(sum, scale);
   }
 };
@@ -240,7 +240,7 @@ void score_bf16_block(const Bf16Rows& k, int64_t any_dim, const uint16_t* q, con
           const __m512i x = _mm512_maskz_loadu_epi16(mask, k.data + row * k.stride + v * 32);
           const uint16_t* at = q + v / 4 * kQueryChunk + kQueryLayout + v % 4 * 32;
           for (int r = 0; r < kRows; ++r) {
-            acc[i][r] = dot(acc[i][r], x, _mm512_load_si512(at + r * kQueryRow));
+            acc[i][r] = dot_bf16_pairs(acc[i][r], x, _mm512_load_si512(at + r * kQueryRow));
           }
         }
       }
@@ -286,31 +286,6 @@ void dot_bf16(const uint16_t* v, int64_t dim, const float* const* rows, float* o
 }
 
 // ---- softmax
-
-// exp(x), x <= 0 or -inf (gives 0). Relative error below 3e-7: x = n ln 2 + r in two parts, a
-// polynomial of degree 6 on |r| <= ln 2 / 2.
-inline __m512 exp_nonpositive(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 y = _mm512_set1_ps(1.0f / 720.0f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 120.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 24.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 6.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, n);
-}
-
-// exp(s - ref) where s > -inf, else 0: keeps -inf - -inf out.
-inline __m512 exp_difference(__m512 s, __m512 ref) {
-  const __mmask16 finite =
-      _mm512_cmp_ps_mask(s, _mm512_set1_ps(-3.0e38f), _CMP_GT_OQ);
-  return _mm512_maskz_mov_ps(finite, exp_nonpositive(_mm512_sub_ps(s, ref)));
-}
 
 // cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2x) + 1) with exp of a value <= 0.
 inline __m512 capped(__m512 s, float cap) {
@@ -443,7 +418,7 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, co
       const __m256i pairs =
           _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (j * kRows + r) * 16));
       const __m512i w = _mm512_permutexvar_epi32(groups, _mm512_castsi256_si512(pairs));
-      for (int k = 0; k < 4; ++k) sum[r][k] = dot(sum[r][k], v[k], w);
+      for (int k = 0; k < 4; ++k) sum[r][k] = dot_bf16_pairs(sum[r][k], v[k], w);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -512,7 +487,7 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
     }
     for (int r = 0; r < kRows; ++r) {
       const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[j * kRows + r]));
-      for (int k = 0; k < 4; ++k) sum[r][k] = dot(sum[r][k], x[k], w);
+      for (int k = 0; k < 4; ++k) sum[r][k] = dot_bf16_pairs(sum[r][k], x[k], w);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -597,10 +572,7 @@ constexpr DecodeKernels kKernels = {
 namespace thriftattn {
 
 const DecodeKernels* decode_kernels_bf16() {
-  static const bool native = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512bf16");
-  return native ? &kKernels : nullptr;
+  return cpu_has_avx512_bf16() ? &kKernels : nullptr;
 }
 
 }  // namespace thriftattn

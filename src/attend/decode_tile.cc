@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 
 #include "attend/read_stats.h"
 #include "cache/page_codec.h"
@@ -12,18 +11,9 @@
 namespace thriftattn {
 namespace {
 
-constexpr std::align_val_t kLine{64};
-
-AlignedFloats aligned(int64_t n) {
-  return AlignedFloats(static_cast<float*>(
-      ::operator new(static_cast<size_t>(n) * sizeof(float), kLine)));
-}
-
 bool in_reach(const SideLayout& side) { return side.layered || side.format == Format::bf16; }
 
 }  // namespace
-
-void AlignedDelete::operator()(void* p) const { ::operator delete(p, kLine); }
 
 bool DecodeTile::supports(const LayerStore& store) {
   return in_reach(store.layout.k) && in_reach(store.layout.v) &&
@@ -48,7 +38,7 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
 
   const int64_t pages = page_end_ - page_begin_;
   const auto states = static_cast<size_t>(pages * blocks_ * kRowBlock);
-  p_ = aligned(pages * blocks_ * kBlockScores);
+  p_ = aligned_buffer<float>(pages * blocks_ * kBlockScores);
   m_.resize(states);
   l_.resize(states);
   mass_.resize(states);
@@ -96,8 +86,7 @@ void DecodeTile::pack_queries() {
     query_rows_[static_cast<size_t>(r)] = row;
   }
   const int64_t bytes = kernels_.query_bytes(dim);
-  packed_.reset(static_cast<std::byte*>(
-      ::operator new(static_cast<size_t>(blocks_ * bytes), kLine)));
+  packed_ = aligned_buffer<std::byte>(blocks_ * bytes);
   for (int64_t b = 0; b < blocks_; ++b) {
     kernels_.pack_queries(&query_rows_[static_cast<size_t>(b * kRowBlock)], dim,
                           packed_.get() + b * bytes);
@@ -312,7 +301,7 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums) {
 
 void DecodeTile::accumulate(int64_t split) {
   const int64_t floats = blocks_ * kernels_.accumulator_floats(store_.layout.v.dim);
-  AlignedFloats acc = aligned(floats);
+  AlignedFloats acc = aligned_buffer<float>(floats);
   std::fill_n(acc.get(), floats, 0.0f);
   std::vector<float> sums(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
   for (int64_t j = page_first(split); j < page_last(split); ++j) {

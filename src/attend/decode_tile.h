@@ -12,15 +12,11 @@
 #include <memory>
 #include <vector>
 
+#include "attend/aligned.h"
 #include "attend/attend_tile.h"
 #include "attend/decode_kernels.h"
 
 namespace thriftattn {
-
-struct AlignedDelete {
-  void operator()(void* p) const;
-};
-using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;  // 64-byte lines
 
 class DecodeTile {
  public:
@@ -81,7 +77,7 @@ class DecodeTile {
 
   std::vector<float> queries_;                 // [rows][dim] FP32, transformed and scaled
   std::vector<const float*> query_rows_;       // [blocks * 4], null behind the last row
-  std::unique_ptr<std::byte[], AlignedDelete> packed_;
+  AlignedBuffer<std::byte> packed_;
   AlignedFloats p_;                            // [pages][blocks][256]: exp(s - m) of each page
   std::vector<float> m_, l_;                   // [block][pages][4]: each page's own state
   std::vector<float> mass_, factor_;           // [block][pages][4], relative to lse_

@@ -158,12 +158,13 @@ struct ExpandedRow {
 // next two: with B = 2 the expansion is shared, and everything still fits the 32 registers.
 template <int B, int64_t kDim>
 void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_t* q,
-                        const float* offset, float* s, bool accumulate) {
+                        const float* offset, float* s, bool accumulate, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
   const int64_t chunks = chunks_of(dim), block_q = query_elements(dim);
   const __m512i table = value_table();
   const __m512 page_scale = _mm512_set1_ps(k.page_scale * kScaleUnit);
   for (int64_t t = 0; t < kPageTokens; t += 4) {
+    next.fetch(t, 4);
     __m512 half[B][2];
     for (int pair = 0; pair < 2; ++pair) {
       const ExpandedRow first(k, dim, t + pair * 2, 0, table);
@@ -196,38 +197,39 @@ void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_
 
 template <int B>
 void score_nvfp4_any(const Nvfp4ConstPlane& k, int64_t dim, const uint16_t* q, const float* offset,
-                     float* s, bool accumulate) {
+                     float* s, bool accumulate, const NextRows& next) {
   switch (dim) {
     case 64:
-      return score_nvfp4_blocks<B, 64>(k, dim, q, offset, s, accumulate);
+      return score_nvfp4_blocks<B, 64>(k, dim, q, offset, s, accumulate, next);
     case 128:
-      return score_nvfp4_blocks<B, 128>(k, dim, q, offset, s, accumulate);
+      return score_nvfp4_blocks<B, 128>(k, dim, q, offset, s, accumulate, next);
     default:
-      return score_nvfp4_blocks<B, 0>(k, dim, q, offset, s, accumulate);
+      return score_nvfp4_blocks<B, 0>(k, dim, q, offset, s, accumulate, next);
   }
 }
 
 void score_nvfp4(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
-                 const float* offset, float* s, bool accumulate) {
+                 const float* offset, float* s, bool accumulate, const NextRows& next) {
   const auto* packed = reinterpret_cast<const uint16_t*>(q);
   const int64_t step = query_elements(dim);
   int64_t b = 0;
   for (; b + 2 <= blocks; b += 2) {
     score_nvfp4_any<2>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
-                       accumulate);
+                       accumulate, b == 0 ? next : NextRows{});
   }
   if (b < blocks) {
     score_nvfp4_any<1>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
-                       accumulate);
+                       accumulate, b == 0 ? next : NextRows{});
   }
 }
 
 template <int64_t kDim>
 void score_bf16_block(const Bf16Rows& k, int64_t any_dim, const uint16_t* q, const float* offset,
-                      float* s) {
+                      float* s, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
   const int64_t vectors = (dim + 31) / 32;
   for (int64_t t = 0; t < kPageTokens; t += 4) {
+    next.fetch(t, 4);
     __m512 half[2];
     for (int pair = 0; pair < 2; ++pair) {
       __m512 acc[2][kRows] = {};
@@ -252,13 +254,14 @@ void score_bf16_block(const Bf16Rows& k, int64_t any_dim, const uint16_t* q, con
 }
 
 void score_bf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
-                const float* offset, float* s) {
+                const float* offset, float* s, const NextRows& next) {
   const auto* packed = reinterpret_cast<const uint16_t*>(q);
   for (int64_t b = 0; b < blocks; ++b) {
     const auto score = dim == 64    ? score_bf16_block<64>
                        : dim == 128 ? score_bf16_block<128>
                                     : score_bf16_block<0>;
-    score(k, dim, packed + b * query_elements(dim), offset + b * kRows, s + b * kBlockScores);
+    score(k, dim, packed + b * query_elements(dim), offset + b * kRows, s + b * kBlockScores,
+          b == 0 ? next : NextRows{});
   }
 }
 
@@ -427,7 +430,7 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, co
 }
 
 void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
-                 int64_t blocks, float* acc) {
+                 int64_t blocks, float* acc, const NextRows& next) {
   const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
   const int64_t step = accumulator_floats(dim);
   alignas(64) float scaled[kBlockScores];
@@ -442,6 +445,7 @@ void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const fl
       const int64_t n = chunk_elements(dim, c);
       const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
       for (int64_t j = 0; j < kPairs; ++j) {
+        if (b == 0 && c == 0) next.fetch(2 * j, 2);
         const uint8_t* at = v.scales + 2 * j * row_scales + c * (kChunk / kNvfp4Group);
         const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
                                                _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
@@ -496,7 +500,8 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
 }
 
 void weigh_bf16(const Bf16Rows& v, int64_t dim, const float* p, const float* factor, int64_t blocks,
-                float* acc) {
+                float* acc, const NextRows& next) {
+  next.fetch(0, kPageTokens);
   const int64_t step = accumulator_floats(dim);
   alignas(64) uint32_t weights[kPairs * kRows];
   for (int64_t b = 0; b < blocks; ++b) {

@@ -35,6 +35,35 @@ struct BlockMask {
   int32_t end[kRowBlock] = {kPageTokens, kPageTokens, kPageTokens, kPageTokens};
 };
 
+// What the next call will read: 64 rows of `row_bytes` each (codes, or 16-bit values) and their
+// scales, fetched into the caches row by row meanwhile. A page lies elsewhere than the one before,
+// so the hardware cannot guess it. Null = nothing.
+struct NextRows {
+  const uint8_t* rows = nullptr;
+  int64_t row_bytes = 0;
+  const uint8_t* scales = nullptr;
+  int64_t scale_bytes = 0;  // of all rows
+  const uint8_t* mean = nullptr;
+  int64_t mean_bytes = 0;
+  const void* meta = nullptr;
+
+  // The part that belongs to rows [row, row + count).
+  void fetch(int64_t row, int64_t count) const {
+    if (rows == nullptr) return;
+    if (row == 0) {
+      for (int64_t at = 0; at < mean_bytes; at += 64) __builtin_prefetch(mean + at, 0, 2);
+      __builtin_prefetch(meta, 0, 2);
+    }
+    for (int64_t at = row * row_bytes; at < (row + count) * row_bytes; at += 64) {
+      __builtin_prefetch(rows + at, 0, 2);
+    }
+    const int64_t lines = (scale_bytes + 63) / 64;
+    for (int64_t i = row * lines / kPageTokens; i < (row + count) * lines / kPageTokens; ++i) {
+      __builtin_prefetch(scales + i * 64, 0, 2);
+    }
+  }
+};
+
 struct DecodeKernels {
   const char* name;
 
@@ -46,9 +75,9 @@ struct DecodeKernels {
   // s[row] (+)= q . k for `blocks` blocks: packed queries and scores lie one after the other.
   // `accumulate` adds to s (the residual after the base), else s = offset[4 * block + row] + q . k.
   void (*score_nvfp4)(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
-                      const float* offset, float* s, bool accumulate);
+                      const float* offset, float* s, bool accumulate, const NextRows& next);
   void (*score_bf16)(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
-                     const float* offset, float* s);
+                     const float* offset, float* s, const NextRows& next);
   // out[r] = rows[r] . v in FP32, v in BF16: q'.mean(page). A null row gives 0.
   void (*dot_bf16)(const uint16_t* v, int64_t dim, const float* const* rows, float* out);
 
@@ -68,9 +97,9 @@ struct DecodeKernels {
   int64_t (*accumulator_floats)(int64_t dim);
   // acc[row] += sum_t p[t][row] * factor[row] * v[t].
   void (*weigh_nvfp4)(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
-                      int64_t blocks, float* acc);
+                      int64_t blocks, float* acc, const NextRows& next);
   void (*weigh_bf16)(const Bf16Rows& v, int64_t dim, const float* p, const float* factor,
-                     int64_t blocks, float* acc);
+                     int64_t blocks, float* acc, const NextRows& next);
   // acc[row] += weight[row] * mean.
   void (*add_mean)(const uint16_t* mean, int64_t dim, const float* weight, float* acc);
   // out[d] += the accumulated sum of one row.

@@ -133,8 +133,25 @@ const uint16_t* DecodeTile::k_mean(const Page& page) const {
   return reinterpret_cast<const uint16_t*>(view_.head(page.index, spec_.kv_head) + side.mean);
 }
 
+// Where the base rows of a side of a later page lie.
+NextRows DecodeTile::rows_to_come(const SideLayout& side, int64_t index) const {
+  if (index >= page_end_) return {};
+  const Page next = page(index);
+  if (side.layered && !next.sealed) return {};  // the open page is warm
+  const uint8_t* head = view_.head(index, spec_.kv_head);
+  if (!side.layered) return {.rows = head + side.rows, .row_bytes = side.row_bytes};
+  return {.rows = head + side.codes,
+          .row_bytes = side.dim / 2,
+          .scales = head + side.scales,
+          .scale_bytes = nvfp4_scales_bytes(side.dim),
+          .mean = head + side.mean,
+          .mean_bytes = 2 * side.dim,
+          .meta = &page_meta(store_.layout, head)};
+}
+
 // Linear base scores of `blocks` blocks.
-void DecodeTile::score_page(const Page& page, int64_t first_block, int64_t blocks, float* s) const {
+void DecodeTile::score_page(const Page& page, int64_t first_block, int64_t blocks, float* s,
+                            const NextRows& next) const {
   const SideLayout& side = store_.layout.k;
   const std::byte* q = packed_.get() + first_block * kernels_.query_bytes(side.dim);
   std::vector<float> offset(static_cast<size_t>(blocks * kRowBlock), 0.0f);
@@ -146,9 +163,10 @@ void DecodeTile::score_page(const Page& page, int64_t first_block, int64_t block
     }
   }
   if (side.layered && page.sealed) {
-    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset.data(), s, false);
+    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset.data(), s, false,
+                         next);
   } else {
-    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset.data(), s);
+    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset.data(), s, next);
   }
 }
 
@@ -176,7 +194,7 @@ void DecodeTile::score(int64_t split) {
   const int64_t pages = page_end_ - page_begin_;
   for (int64_t j = page_first(split); j < page_last(split); ++j) {
     const Page p = page(j);
-    score_page(p, 0, blocks_, weights(j, 0));
+    score_page(p, 0, blocks_, weights(j, 0), rows_to_come(store_.layout.k, j + 1));
     for (int64_t b = 0; b < blocks_; ++b) {
       const auto state = static_cast<size_t>((b * pages + j - page_begin_) * kRowBlock);
       softmax_page(p, b, weights(j, b), &m_[state], &l_[state]);
@@ -236,11 +254,11 @@ void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* fa
       static_cast<size_t>((block * pages + page.index - page_begin_) * kRowBlock);
   alignas(64) float s[kBlockScores];
   float m[kRowBlock], l[kRowBlock], mass[kRowBlock], again[kRowBlock];
-  score_page(page, block, 1, s);
+  score_page(page, block, 1, s, {});
   if (side.layered) {
     kernels_.score_nvfp4(residual_plane(side, page), side.dim,
                          packed_.get() + block * kernels_.query_bytes(side.dim), 1, nullptr, s,
-                         true);
+                         true, {});
   }
   softmax_page(page, block, s, m, l);
   kernels_.page_masses(m, l, 1, &lse_[static_cast<size_t>(block * kRowBlock)], mass, again);
@@ -256,7 +274,8 @@ void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* fa
 }
 
 // O += P.V of one page for all blocks.
-void DecodeTile::weigh(const Page& page, float* accumulators, float* sums) {
+void DecodeTile::weigh(const Page& page, float* accumulators, float* sums,
+                       const NextRows& next) {
   const SideLayout& side = store_.layout.v;
   const int64_t pages = page_end_ - page_begin_, j = page.index - page_begin_;
   const int64_t step = kernels_.accumulator_floats(side.dim);
@@ -291,12 +310,25 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums) {
       const uint8_t* head = view_.head(page.index, spec_.kv_head);
       kernels_.add_mean(reinterpret_cast<const uint16_t*>(head + side.mean), side.dim,
                         &final_mass_[state], acc);
-      if (any) kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, 1, acc);
-      if (promoted) kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, 1, acc);
+      if (any) {
+        kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, 1, acc,
+                             b == 0 ? next : NextRows{});
+      }
+      if (promoted) {
+        kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, 1, acc, {});
+      }
     } else {
-      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, 1, acc);
+      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, 1, acc,
+                          b == 0 ? next : NextRows{});
     }
   }
+}
+
+// Whether some position reads V's codes of a page.
+bool DecodeTile::reads_values(int64_t page) const {
+  const auto first = reads_.begin() + (page - page_begin_) * spec_.positions;
+  return std::any_of(first, first + spec_.positions,
+                     [](PageRead how) { return how != PageRead::skip; });
 }
 
 void DecodeTile::accumulate(int64_t split) {
@@ -304,8 +336,13 @@ void DecodeTile::accumulate(int64_t split) {
   AlignedFloats acc = aligned_buffer<float>(floats);
   std::fill_n(acc.get(), floats, 0.0f);
   std::vector<float> sums(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
+  int64_t next = page_first(split);
   for (int64_t j = page_first(split); j < page_last(split); ++j) {
-    weigh(page(j), acc.get(), sums.data());
+    if (j == next) {
+      do ++next;
+      while (next < page_last(split) && !reads_values(next));
+    }
+    weigh(page(j), acc.get(), sums.data(), rows_to_come(store_.layout.v, next));
   }
   accumulators_[static_cast<size_t>(split)] = std::move(acc);
   sums_[static_cast<size_t>(split)] = std::move(sums);

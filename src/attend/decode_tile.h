@@ -58,11 +58,14 @@ class DecodeTile {
   Nvfp4ConstPlane base_plane(const SideLayout& side, const Page& page) const;
   Nvfp4ConstPlane residual_plane(const SideLayout& side, const Page& page) const;
   const uint16_t* k_mean(const Page& page) const;
-  void score_page(const Page& page, int64_t first_block, int64_t blocks, float* s) const;
+  NextRows rows_to_come(const SideLayout& side, int64_t page) const;
+  void score_page(const Page& page, int64_t first_block, int64_t blocks, float* s,
+                  const NextRows& next) const;
   void softmax_page(const Page& page, int64_t block, float* s, float* m, float* l) const;
   void decide(const Page& page);
   void promote(const Page& page, int64_t block, float* sums, float* factor);
-  void weigh(const Page& page, float* accumulators, float* sums);
+  void weigh(const Page& page, float* accumulators, float* sums, const NextRows& next);
+  bool reads_values(int64_t page) const;
   void add_stats(AttendStats& stats) const;
 
   const LayerView& view_;

@@ -223,7 +223,8 @@ void attend(const KvCache& cache, const AttendRequest& request) {
     run_tiles<DecodeTile>(
         specs, few,
         [&](const TileSpec& spec) {
-          return std::make_unique<DecodeTile>(view, request, spec, *kernels);
+          return std::make_unique<DecodeTile>(view, request, spec, *kernels,
+                                              cache.impl().scratch);
         },
         stats);
   } else {

@@ -21,7 +21,7 @@ bool DecodeTile::supports(const LayerStore& store) {
 }
 
 DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
-                       const DecodeKernels& kernels)
+                       const DecodeKernels& kernels, ScratchPool& scratch)
     : view_(view), request_(request), store_(view.store()), kernels_(kernels), spec_(spec) {
   group_ = store_.shape.q_heads / store_.shape.kv_heads;
   rows_ = spec.positions * group_;
@@ -38,7 +38,7 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
 
   const int64_t pages = page_end_ - page_begin_;
   const auto states = static_cast<size_t>(pages * blocks_ * kRowBlock);
-  p_ = aligned_buffer<float>(pages * blocks_ * kBlockScores);
+  p_ = scratch.take(pages * blocks_ * kBlockScores);
   m_.resize(states);
   l_.resize(states);
   mass_.resize(states);

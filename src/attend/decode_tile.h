@@ -12,7 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "attend/aligned.h"
+#include "base/aligned.h"
+#include "base/scratch_pool.h"
 #include "attend/attend_tile.h"
 #include "attend/decode_kernels.h"
 
@@ -24,7 +25,7 @@ class DecodeTile {
   static bool supports(const LayerStore& store);
 
   DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
-             const DecodeKernels& kernels);
+             const DecodeKernels& kernels, ScratchPool& scratch);
 
   int64_t splits() const { return split_end_ - split_begin_; }
   void score(int64_t split);       // phase 1, independent across splits
@@ -81,7 +82,7 @@ class DecodeTile {
   std::vector<float> queries_;                 // [rows][dim] FP32, transformed and scaled
   std::vector<const float*> query_rows_;       // [blocks * 4], null behind the last row
   AlignedBuffer<std::byte> packed_;
-  AlignedFloats p_;                            // [pages][blocks][256]: exp(s - m) of each page
+  ScratchPool::Lease p_;                       // [pages][blocks][256]: exp(s - m) of each page
   std::vector<float> m_, l_;                   // [block][pages][4]: each page's own state
   std::vector<float> mass_, factor_;           // [block][pages][4], relative to lse_
   std::vector<float> final_mass_;              // [block][pages][4]: after promotion

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attend/aligned.h"
+#include "base/aligned.h"
 #include "attend/prefill_kernels.h"
 #include "cache/kv_cache_impl.h"
 #include "thriftattn/attention.h"

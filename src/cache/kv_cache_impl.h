@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/scratch_pool.h"
 #include "cache/sequence_state.h"
 #include "thriftattn/kv_cache.h"
 
@@ -20,6 +21,7 @@ struct KvCache::Impl {
   std::unordered_map<SequenceId, Sequence> sequences;
   SequenceId next_id = 1;
   int64_t reencoded_pages = 0;
+  mutable ScratchPool scratch;  // of attend(), which may run beside itself
 
   Sequence& sequence(SequenceId id);
   const Sequence& sequence(SequenceId id) const;

@@ -205,8 +205,11 @@ void run_heads(const LayerView& view, const AttendRequest& request, const Prefil
 void attend(const KvCache& cache, const AttendRequest& request) {
   const LayerView view = checked_view(cache, request);
   const bool few = request.q.tokens <= kFewQueries;
-  const DecodeKernels* kernels =
-      request.config.math == AttendMath::fast ? decode_kernels_bf16() : nullptr;
+  const DecodeKernels* kernels = nullptr;
+  if (request.config.math == AttendMath::fast) {
+    kernels = decode_kernels_bf16();
+    if (kernels == nullptr) kernels = decode_kernels_f32();
+  }
   const bool fast_decode = kernels != nullptr && request.config.mode == AttendMode::decode &&
                            DecodeTile::supports(view.store());
   const PrefillKernels* prefill =

@@ -110,4 +110,7 @@ struct DecodeKernels {
 // where this build or machine has none.
 const DecodeKernels* decode_kernels_bf16();
 
+// FP32 throughout, for the best SIMD target of this machine.
+const DecodeKernels* decode_kernels_f32();
+
 }  // namespace thriftattn

@@ -40,18 +40,27 @@ enum class PromoteRule : uint8_t {
 };
 
 enum class BlockScore : uint8_t {
-  mean,    // mean over the group's queries of q . mean(K of page)
-  oracle,  // the page's true attention mass (needs every plane; for comparison only)
+  mean,      // mean over the group's queries of q . mean(K of page)
+  oracle,    // the page's true attention mass (needs every plane; for comparison only)
+  quest,     // the largest q . k that the page's elementwise min and max of K allow
+  variance,  // q . mean + half of sum q^2 variance: the page's log-sum-exp were K Gaussian
+  local,     // the newest pages
 };
 
 // What one layer does. All fields are meaningful after resolve().
+//
+// `quest` and `variance` need statistics that the page summaries do not hold: they are computed
+// from the decoded base plane of K at every query, and are there for comparison.
 struct LayerPolicy {
   Format k_format = Format::bf16;
   Format v_format = Format::bf16;
   PromoteRule rule = PromoteRule::mass;
   double promote = 1.0;  // mass above which a page is read with its residual; 1 = never
   double skip = 0.0;     // mass up to which a page's V codes are not read; 0 = never
+  double max_promoted = 1.0;  // PromoteRule::mass: raises `promote` for a query that would read
+                              // more than this fraction of its complete pages with the residual
   double budget = 0.0;   // PromoteRule::budget: fraction of the visible complete pages
+  int64_t budget_pages = 0;  // the same as a number of pages; 0 = by fraction
   BlockScore score = BlockScore::mean;
   Residency residency = Residency::device;
   int64_t sinks = 0;   // tokens at the start whose residual is never dropped
@@ -59,8 +68,14 @@ struct LayerPolicy {
   bool rotate = true;  // K only, layered formats: Hadamard rotation
   bool center = true;  // layered formats: subtract the page mean (K and V)
   bool equalize = true;  // K only, layered formats: apply the model's equaliser if there is one
+  // Where KV heads differ: one policy each (without `heads` of their own). The fields above are
+  // then those of most heads. Empty: every head as above.
+  std::vector<LayerPolicy> heads;
 
   bool operator==(const LayerPolicy&) const = default;
+  const LayerPolicy& of_head(int64_t kv_head) const {
+    return heads.empty() ? *this : heads[static_cast<size_t>(kv_head)];
+  }
 };
 
 // The layers a rule applies to.

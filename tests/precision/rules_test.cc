@@ -53,12 +53,12 @@ TEST(MassRule, WindowEdgeIsNeverSkipped) {
 TEST(BudgetRule, TakesTheBestAndTheLowerIndexOfEquals) {
   const std::vector<float> scores{1, 5, 3, 5, 3, 0};
   const std::vector<uint8_t> all(6, 1);
-  EXPECT_EQ(select_by_budget(scores, all, 0.5), (std::vector<uint8_t>{0, 1, 1, 1, 0, 0}));
-  EXPECT_EQ(select_by_budget(scores, all, 0.01), (std::vector<uint8_t>{0, 1, 0, 0, 0, 0}));
-  EXPECT_EQ(select_by_budget(scores, all, 0.0), std::vector<uint8_t>(6, 0));
-  EXPECT_EQ(select_by_budget(scores, all, 1.0), all);
+  EXPECT_EQ(select_by_budget(scores, all, {.fraction = 0.5}), (std::vector<uint8_t>{0, 1, 1, 1, 0, 0}));
+  EXPECT_EQ(select_by_budget(scores, all, {.fraction = 0.01}), (std::vector<uint8_t>{0, 1, 0, 0, 0, 0}));
+  EXPECT_EQ(select_by_budget(scores, all, {.fraction = 0.0}), std::vector<uint8_t>(6, 0));
+  EXPECT_EQ(select_by_budget(scores, all, {.fraction = 1.0}), all);
   const std::vector<uint8_t> some{1, 0, 1, 0, 1, 1};
-  EXPECT_EQ(select_by_budget(scores, some, 0.5), (std::vector<uint8_t>{0, 0, 1, 0, 1, 0}));
+  EXPECT_EQ(select_by_budget(scores, some, {.fraction = 0.5}), (std::vector<uint8_t>{0, 0, 1, 0, 1, 0}));
 }
 
 }  // namespace

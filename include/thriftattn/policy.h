@@ -88,15 +88,41 @@ struct LayerSelector {
   bool operator==(const LayerSelector&) const = default;
 };
 
+// The KV heads of those layers.
+struct HeadSelector {
+  int64_t begin = 0;
+  int64_t end = 0;  // one past the last head; 0 = all heads
+
+  bool all() const { return end == 0; }
+  bool operator==(const HeadSelector&) const = default;
+};
+
+// A number of tokens, or a share of the context that resolve() is told.
+struct TokenCount {
+  int64_t tokens = 0;
+  double percent = 0;  // above 0: in place of `tokens`
+
+  TokenCount() = default;
+  TokenCount(int64_t n) : tokens(n) {}  // NOLINT(google-explicit-constructor): counts are numbers
+  static TokenCount of_context(double percent) {
+    TokenCount count;
+    count.percent = percent;
+    return count;
+  }
+  bool operator==(const TokenCount&) const = default;
+};
+
 // A rule sets the fields it has.
 struct PolicyRule {
   LayerSelector layers;
+  HeadSelector heads;
   std::optional<Format> k_format, v_format;
   std::optional<PromoteRule> rule;
-  std::optional<double> promote, skip, budget;
+  std::optional<double> promote, skip, max_promoted, budget;
+  std::optional<int64_t> budget_pages;  // in place of `budget`
   std::optional<BlockScore> score;
   std::optional<Residency> residency;
-  std::optional<int64_t> sinks, recent;
+  std::optional<TokenCount> sinks, recent;
   std::optional<bool> rotate, center, equalize;
 
   bool operator==(const PolicyRule&) const = default;
@@ -113,9 +139,11 @@ struct Policy {
 struct PolicyContext {
   int64_t layers = 0;
   std::vector<bool> sliding_window;  // per layer; empty = none
+  std::vector<int64_t> kv_heads;     // per layer; empty = unknown: no rules by head
+  int64_t context_tokens = 0;        // of the longest sequence; 0 = unknown: no per cent
 };
 
-// One LayerPolicy per layer. Sliding-window layers of a layered policy default to nvfp4x2
+// One LayerPolicy per layer (with one for each KV head where they differ). Sliding-window layers of a layered policy default to nvfp4x2
 // (before explicit `sliding_window` rules). Throws Error naming what is wrong.
 std::vector<LayerPolicy> resolve(const Policy& policy, const PolicyContext& context);
 
@@ -124,8 +152,8 @@ const std::vector<std::string>& preset_names();
 Policy preset(std::string_view name);
 
 // `text` is a preset name, a preset with changes ("balanced,promote=0.05,recent=256"),
-// selectors with formats ("0-3:fp8,4-35:nvfp4", "balanced,first:2:bf16"), a JSON object
-// (starts with '{'), or "@FILE" naming a JSON file.
+// selectors with formats ("0-3:fp8,4-35:nvfp4", "balanced,first:2:bf16", "2:head:1:bf16"), a JSON
+// object (starts with '{'), or "@FILE" naming a JSON file.
 Policy parse_policy(std::string_view text);
 std::string policy_to_json(const Policy& policy);
 

@@ -22,7 +22,7 @@ bool is_empty(const TensorView<const float>& v) {
 
 // Elements from the first to one past the last; false if they cannot be addressed.
 bool extent_of(const TensorView<const float>& v, int64_t& elements) {
-  constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kMax = int64_t{1} << 55;  // 2^57 bytes: more than any machine addresses
   int64_t tokens, heads;
   if (__builtin_mul_overflow(v.tokens - 1, v.token_stride, &tokens) ||
       __builtin_mul_overflow(v.heads - 1, v.head_stride, &heads) ||

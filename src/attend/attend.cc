@@ -1,4 +1,5 @@
-// attend() and attend_batch(): check the requests, cut them into tiles and run those on the threads.
+// attend() and attend_batch(): check the requests, cut them into tiles and run those on the
+// threads.
 #include <fmt/format.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
@@ -127,8 +128,9 @@ double AttendStats::bits_read_per_element() const {
   return rows > 0 ? bits_per_element_sum / static_cast<double>(rows) : 0.0;
 }
 double AttendStats::promoted_fraction() const {
-  return pages_visible > 0 ? static_cast<double>(pages_promoted) / static_cast<double>(pages_visible)
-                           : 0.0;
+  return pages_visible > 0
+             ? static_cast<double>(pages_promoted) / static_cast<double>(pages_visible)
+             : 0.0;
 }
 double AttendStats::skipped_fraction() const {
   return pages_visible > 0 ? static_cast<double>(pages_skipped) / static_cast<double>(pages_visible)
@@ -154,9 +156,8 @@ void attend_batch(const KvCache& cache, std::span<const AttendRequest> requests)
     owner.resize(tasks.size(), &requests[i]);
   }
   std::vector<AttendStats> stats(tasks.size());
-  tbb::parallel_for(size_t{0}, tasks.size(), [&](size_t i) {
-    tasks[i](owner[i]->stats != nullptr ? &stats[i] : nullptr);
-  });
+  tbb::parallel_for(size_t{0}, tasks.size(),
+                    [&](size_t i) { tasks[i](owner[i]->stats != nullptr ? &stats[i] : nullptr); });
   for (size_t i = 0; i < tasks.size(); ++i) {
     if (owner[i]->stats != nullptr) owner[i]->stats->merge(stats[i]);
   }

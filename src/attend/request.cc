@@ -30,8 +30,7 @@ void check_config(const AttendConfig& config) {
 void check_tensors(const AttendRequest& r, const LayerShape& shape) {
   const int64_t n = r.q.tokens;
   if (n < 0) fail(fmt::format("{} queries", n));
-  check_view("attend", named("q", r.q),
-             {n, shape.q_heads, shape.head_dim_k});
+  check_view("attend", named("q", r.q), {n, shape.q_heads, shape.head_dim_k});
   check_view("attend", named("out", r.out), {n, shape.q_heads, shape.head_dim_v});
   if (r.lse.data != nullptr) {
     // Only whether rows are apart depends on head_dim, so a view without one is one number wide.
@@ -71,9 +70,10 @@ void check_positions(const AttendRequest& r, const LayerView& view) {
   for (int64_t page = Visibility(view, r).open_from(first); page * kPageTokens < view.length();
        ++page) {
     if (view.open(page) != nullptr) continue;
-    fail(fmt::format("the page of token {} is sealed; attend before commit, within the step that "
-                     "appended the queries' tokens",
-                     page * kPageTokens));
+    fail(
+        fmt::format("the page of token {} is sealed; attend before commit, within the step that "
+                    "appended the queries' tokens",
+                    page * kPageTokens));
   }
 }
 
@@ -84,10 +84,11 @@ void check_queries(const AttendRequest& r, int64_t first_token) {
       bool finite = true;
       for (int64_t d = 0; d < r.q.head_dim; ++d) finite &= std::isfinite(row[d]);
       if (finite) continue;
-      throw Error(ErrorCode::non_finite,
-                  fmt::format("q of layer {}, head {}, token {} holds NaN or Inf: check the model's "
-                              "weights",
-                              r.layer, h, first_token + t));
+      throw Error(
+          ErrorCode::non_finite,
+          fmt::format("q of layer {}, head {}, token {} holds NaN or Inf: check the model's "
+                      "weights",
+                      r.layer, h, first_token + t));
     }
   }
 }
@@ -137,8 +138,8 @@ std::vector<std::vector<LayerView>> checked_views(const KvCache& cache,
     if (lse.data != nullptr) tensors.push_back(named("lse" + of, lse));
     if (r.sink_logits != nullptr) {
       const int64_t heads = r.q.heads;
-      tensors.push_back(named("sink_logits" + of,
-                              TensorView<const float>::dense(r.sink_logits, 1, heads, 1)));
+      tensors.push_back(
+          named("sink_logits" + of, TensorView<const float>::dense(r.sink_logits, 1, heads, 1)));
     }
   }
   check_disjoint("attend", tensors);

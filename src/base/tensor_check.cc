@@ -31,8 +31,8 @@ bool extent_of(const TensorView<const float>& v, int64_t& elements) {
     return false;
   }
   const auto begin = reinterpret_cast<uintptr_t>(v.data);
-  return begin <= std::numeric_limits<uintptr_t>::max() -
-                      static_cast<uintptr_t>(elements) * sizeof(float);
+  return begin <=
+         std::numeric_limits<uintptr_t>::max() - static_cast<uintptr_t>(elements) * sizeof(float);
 }
 
 // Rows of a written view: the wider stride must step over everything that the narrower spans.
@@ -44,7 +44,8 @@ bool rows_are_apart(const TensorView<const float>& v) {
   if (inner.count == 1) return outer.count == 1 || outer.stride >= v.head_dim;
   if (outer.count == 1) return inner.stride >= v.head_dim;
   if (inner.stride > outer.stride) std::swap(inner, outer);
-  return inner.stride >= v.head_dim && outer.stride >= (inner.count - 1) * inner.stride + v.head_dim;
+  return inner.stride >= v.head_dim &&
+         outer.stride >= (inner.count - 1) * inner.stride + v.head_dim;
 }
 
 struct Range {
@@ -81,7 +82,8 @@ uintptr_t address(const float* p) { return reinterpret_cast<uintptr_t>(p); }
 
 void check_view(const char* who, const NamedView& named, const ViewShape& shape) {
   const auto& v = named.view;
-  const bool same = v.tokens == shape.tokens && v.heads == shape.heads && v.head_dim == shape.head_dim;
+  const bool same =
+      v.tokens == shape.tokens && v.heads == shape.heads && v.head_dim == shape.head_dim;
   const bool null = v.data == nullptr && !is_empty(v);
   if (!same || null || v.tokens < 0) {
     fail(who, fmt::format("{} is [{}][{}][{}]{}, it must be [{}][{}][{}]", named.name, v.tokens,
@@ -99,9 +101,10 @@ void check_view(const char* who, const NamedView& named, const ViewShape& shape)
   }
   int64_t elements = 0;
   if (!extent_of(v, elements)) {
-    fail(who, fmt::format("{} [{}][{}][{}] with token_stride = {} and head_stride = {} ends beyond "
-                          "the address space",
-                          named.name, v.tokens, v.heads, v.head_dim, v.token_stride, v.head_stride));
+    fail(who,
+         fmt::format("{} [{}][{}][{}] with token_stride = {} and head_stride = {} ends beyond "
+                     "the address space",
+                     named.name, v.tokens, v.heads, v.head_dim, v.token_stride, v.head_stride));
   }
   if (named.written && !rows_are_apart(v)) {
     fail(who, fmt::format("{} [{}][{}][{}] with token_stride = {} and head_stride = {} writes some "
@@ -132,10 +135,10 @@ void check_disjoint(const char* who, std::span<const NamedView> views) {
     }
   }
   if (const Range* found = find_overlap(rows, views, &other)) {
-    fail(who, fmt::format("{} at {:#x} and {} at {:#x} share memory, and one of them is written; "
-                          "give the output its own buffer",
-                          views[other->view].name, other->begin, views[found->view].name,
-                          found->begin));
+    fail(who,
+         fmt::format("{} at {:#x} and {} at {:#x} share memory, and one of them is written; "
+                     "give the output its own buffer",
+                     views[other->view].name, other->begin, views[found->view].name, found->begin));
   }
 }
 

@@ -17,7 +17,7 @@ namespace thriftattn {
 struct ScoredPage {
   const float* k = nullptr;  // [tokens][dim], decoded base plane
   int64_t tokens = 0, dim = 0;
-  int64_t index = 0;         // absolute page index
+  int64_t index = 0;  // absolute page index
 };
 
 // Query rows side by side, times softmax_scale: [dim][cols].

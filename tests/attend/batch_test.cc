@@ -41,8 +41,9 @@ class Ragged {
       for (const auto& [first, n] : {std::pair{int64_t{0}, m.length}, {m.length, m.queries}}) {
         if (n == 0) continue;
         cache_.begin_step(seq, n);
-        cache_.append(seq, 0, TensorView<const float>::dense(&k[static_cast<size_t>(first * 128)], n, 2, 64),
-                      TensorView<const float>::dense(&v[static_cast<size_t>(first * 192)], n, 2, 96));
+        cache_.append(
+            seq, 0, TensorView<const float>::dense(&k[static_cast<size_t>(first * 128)], n, 2, 64),
+            TensorView<const float>::dense(&v[static_cast<size_t>(first * 192)], n, 2, 96));
         if (first == 0 && m.length > 0) cache_.commit(seq);
       }
       sequences_.push_back(seq);
@@ -134,30 +135,32 @@ void expect_same(const Ragged::Result& a, const Ragged::Result& b, const char* w
 }
 
 const std::vector<Ragged::Member> kMixed = {
-    {700, 1, AttendMode::decode},   {0, 130, AttendMode::prefill}, {64 * 40 + 3, 1, AttendMode::decode},
-    {333, 40, AttendMode::prefill}, {0, 1, AttendMode::decode},    {511, 7, AttendMode::decode},
-    {100, 0, AttendMode::decode},   {63, 2, AttendMode::decode},   {64, 64, AttendMode::prefill}};
+    {700, 1, AttendMode::decode},         {0, 130, AttendMode::prefill},
+    {64 * 40 + 3, 1, AttendMode::decode}, {333, 40, AttendMode::prefill},
+    {0, 1, AttendMode::decode},           {511, 7, AttendMode::decode},
+    {100, 0, AttendMode::decode},         {63, 2, AttendMode::decode},
+    {64, 64, AttendMode::prefill}};
 
 TEST(AttendBatch, MixedBatchEqualsOneByOneBitwise) {
   for (const LayerPolicy& policy :
        {layered_policy(0.1, 0.02), sealed_policy(64, 128), plain_policy(Format::q8_0),
         by_head({layered_policy(0.1, 0.02), plain_policy(Format::bf16)})}) {
-   for (const AttendMath math : {AttendMath::f32, AttendMath::fast}) {
-    Ragged batch(policy, kMixed, math);
-    const auto alone = batch.one_by_one();
-    std::vector<size_t> order(batch.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    expect_same(batch.together(order), alone, "in order");
-    std::reverse(order.begin(), order.end());
-    expect_same(batch.together(order), alone, "reversed");
-    auto packed = batch.empty();
-    attend_batch(batch.cache(), batch.packed(packed));
-    expect_same(packed, alone, "packed");
-    tbb::global_control limit(tbb::global_control::max_allowed_parallelism, 1);
-    auto one_thread = batch.empty();
-    attend_batch(batch.cache(), batch.packed(one_thread));
-    expect_same(one_thread, alone, "one thread");
-   }
+    for (const AttendMath math : {AttendMath::f32, AttendMath::fast}) {
+      Ragged batch(policy, kMixed, math);
+      const auto alone = batch.one_by_one();
+      std::vector<size_t> order(batch.size());
+      std::iota(order.begin(), order.end(), size_t{0});
+      expect_same(batch.together(order), alone, "in order");
+      std::reverse(order.begin(), order.end());
+      expect_same(batch.together(order), alone, "reversed");
+      auto packed = batch.empty();
+      attend_batch(batch.cache(), batch.packed(packed));
+      expect_same(packed, alone, "packed");
+      tbb::global_control limit(tbb::global_control::max_allowed_parallelism, 1);
+      auto one_thread = batch.empty();
+      attend_batch(batch.cache(), batch.packed(one_thread));
+      expect_same(one_thread, alone, "one thread");
+    }
   }
 }
 
@@ -195,7 +198,8 @@ TEST(AttendBatch, RefusesBeforeAnythingIsWritten) {
     PackedQueries p = batch.packed(r);
     change(p);
     expect_refusal(ErrorCode::invalid_argument, part, [&] { attend_batch(batch.cache(), p); });
-    EXPECT_TRUE(std::all_of(r.out.begin(), r.out.end(), [](float x) { return std::isnan(x); })) << part;
+    EXPECT_TRUE(std::all_of(r.out.begin(), r.out.end(), [](float x) { return std::isnan(x); }))
+        << part;
   };
   const auto cu = batch.cu_;
   std::vector<int64_t> changed;
@@ -216,17 +220,20 @@ TEST(AttendBatch, RefusesBeforeAnythingIsWritten) {
   refuses("null pointer", [](auto& p) { p.q.data = nullptr; });
   refuses("must be [246][6][96]", [](auto& p) { p.out.heads = 5; });
   // The last member is wrong: the first ones are not computed either.
-  refuses("request 8: attend: prefill of 65", [&](auto& p) { p.cu_seqlens = with_cu(8, cu[8] - 1); });
+  refuses("request 8: attend: prefill of 65",
+          [&](auto& p) { p.cu_seqlens = with_cu(8, cu[8] - 1); });
   auto r = batch.empty();
-  std::vector<AttendRequest> twice = {batch.request(0, r), batch.request(1, r), batch.request(0, r)};
-  expect_refusal(ErrorCode::invalid_argument, "lse of request 0 at",
+  std::vector<AttendRequest> twice = {batch.request(0, r), batch.request(1, r),
+                                      batch.request(0, r)};
+  expect_refusal(ErrorCode::invalid_argument, "of request 0 at 0x",
                  [&] { attend_batch(batch.cache(), twice); });
   attend_batch(batch.cache(), std::span<const AttendRequest>());  // nothing to do
 }
 
 // Requests may interleave in one buffer as long as no element is shared: [heads][tokens][dim].
 TEST(AttendBatch, HeadMajorOutputsInterleave) {
-  Ragged batch(layered_policy(0.1, 0.02), {{200, 3, AttendMode::decode}, {300, 4, AttendMode::decode}});
+  Ragged batch(layered_policy(0.1, 0.02),
+               {{200, 3, AttendMode::decode}, {300, 4, AttendMode::decode}});
   const auto alone = batch.one_by_one();
   auto r = batch.empty();
   PackedQueries p = batch.packed(r);
@@ -263,59 +270,64 @@ Verified decode_rows(KvCache& cache, SequenceId seq, const AttentionCase& source
 }
 
 TEST(Verify, DraftsEqualDecodeAndRejectedOnesLeaveNothing) {
-  for (const LayerPolicy& policy : {layered_policy(0.05, 0.005), sealed_policy(64, 128),
-                                    mixed(Format::nvfp4x2, Format::nvfp4x2),
-                                    plain_policy(Format::bf16), mixed(Format::nvfp4, Format::fp8_e4m3),
-                                    by_head({sealed_policy(0, 64), layered_policy(0.1, 0.01)})}) {
-   for (const AttendMath math : {AttendMath::f32, AttendMath::fast}) {
-    // Long enough for two splits; the drafts cross page boundaries at every offset.
-    CaseOptions o{.policy = policy, .length = 64 * 33 - 20, .queries = 150, .sink_logits = true};
-    o.math = math;
-    AttentionCase source(o);
-    std::vector<float> buffer;
-    CaseOptions wrong_options = o;
-    wrong_options.seed = 77;
-    AttentionCase wrong(wrong_options);
-    KvCache drafted(source.cache().config()), plain(source.cache().config());
-    const SequenceId a = drafted.create(), b = plain.create();
-    for (auto [cache, seq] : {std::pair{&drafted, a}, {&plain, b}}) {
-      cache->begin_step(seq, o.length);
-      cache->append(seq, 0, source.k_view(0, o.length), source.v_view(0, o.length));
-      cache->commit(seq);
-    }
-    std::mt19937 rng(3);
-    for (int64_t done = 0; done + 16 <= o.queries;) {
-      const int64_t n = 2 + static_cast<int64_t>(rng() % 15), accepted = static_cast<int64_t>(rng() % (n + 1));
-      // A draft that is thrown away whole, then one of which `accepted` tokens are right.
-      drafted.begin_step(a, n);
-      drafted.append(a, 0, wrong.k_view(o.length + done, n), wrong.v_view(o.length + done, n));
-      const Verified junk = decode_rows(drafted, a, wrong, done, n, buffer);
-      drafted.rollback(a);
-      drafted.begin_step(a, n);
-      drafted.append(a, 0, source.k_view(o.length + done, n), source.v_view(o.length + done, n));
-      const Verified verify = decode_rows(drafted, a, source, done, n, buffer);
-      EXPECT_FALSE(same_bits(verify.out, junk.out));
-      drafted.commit(a, accepted);
-      for (int64_t i = 0; i < accepted; ++i) {
-        plain.begin_step(b, 1);
-        plain.append(b, 0, source.k_view(o.length + done + i, 1), source.v_view(o.length + done + i, 1));
-        const Verified one = decode_rows(plain, b, source, done + i, 1, buffer);
-        plain.commit(b);
-        const auto row = one.out.size();
-        ASSERT_EQ(std::memcmp(one.out.data(), &verify.out[static_cast<size_t>(i) * row], row * 4), 0)
-            << "token " << done + i << " of a draft of " << n;
-        ASSERT_EQ(std::memcmp(one.lse.data(), &verify.lse[static_cast<size_t>(i) * one.lse.size()],
-                              one.lse.size() * 4),
-                  0);
+  for (const LayerPolicy& policy :
+       {layered_policy(0.05, 0.005), sealed_policy(64, 128),
+        mixed(Format::nvfp4x2, Format::nvfp4x2), plain_policy(Format::bf16),
+        mixed(Format::nvfp4, Format::fp8_e4m3),
+        by_head({sealed_policy(0, 64), layered_policy(0.1, 0.01)})}) {
+    for (const AttendMath math : {AttendMath::f32, AttendMath::fast}) {
+      // Long enough for two splits; the drafts cross page boundaries at every offset.
+      CaseOptions o{.policy = policy, .length = 64 * 33 - 20, .queries = 150, .sink_logits = true};
+      o.math = math;
+      AttentionCase source(o);
+      std::vector<float> buffer;
+      CaseOptions wrong_options = o;
+      wrong_options.seed = 77;
+      AttentionCase wrong(wrong_options);
+      KvCache drafted(source.cache().config()), plain(source.cache().config());
+      const SequenceId a = drafted.create(), b = plain.create();
+      for (auto [cache, seq] : {std::pair{&drafted, a}, {&plain, b}}) {
+        cache->begin_step(seq, o.length);
+        cache->append(seq, 0, source.k_view(0, o.length), source.v_view(0, o.length));
+        cache->commit(seq);
       }
-      done += accepted;
-      EXPECT_EQ(drafted.length(a), plain.length(b));
-      const CacheUsage ua = drafted.usage(), ub = plain.usage();
-      EXPECT_EQ(ua.total(), ub.total());
-      EXPECT_EQ(ua.residual_pages, ub.residual_pages);
-      EXPECT_EQ(ua.reencoded_pages, 0);
+      std::mt19937 rng(3);
+      for (int64_t done = 0; done + 16 <= o.queries;) {
+        const int64_t n = 2 + static_cast<int64_t>(rng() % 15),
+                      accepted = static_cast<int64_t>(rng() % (n + 1));
+        // A draft that is thrown away whole, then one of which `accepted` tokens are right.
+        drafted.begin_step(a, n);
+        drafted.append(a, 0, wrong.k_view(o.length + done, n), wrong.v_view(o.length + done, n));
+        const Verified junk = decode_rows(drafted, a, wrong, done, n, buffer);
+        drafted.rollback(a);
+        drafted.begin_step(a, n);
+        drafted.append(a, 0, source.k_view(o.length + done, n), source.v_view(o.length + done, n));
+        const Verified verify = decode_rows(drafted, a, source, done, n, buffer);
+        EXPECT_FALSE(same_bits(verify.out, junk.out));
+        drafted.commit(a, accepted);
+        for (int64_t i = 0; i < accepted; ++i) {
+          plain.begin_step(b, 1);
+          plain.append(b, 0, source.k_view(o.length + done + i, 1),
+                       source.v_view(o.length + done + i, 1));
+          const Verified one = decode_rows(plain, b, source, done + i, 1, buffer);
+          plain.commit(b);
+          const auto row = one.out.size();
+          ASSERT_EQ(std::memcmp(one.out.data(), &verify.out[static_cast<size_t>(i) * row], row * 4),
+                    0)
+              << "token " << done + i << " of a draft of " << n;
+          ASSERT_EQ(
+              std::memcmp(one.lse.data(), &verify.lse[static_cast<size_t>(i) * one.lse.size()],
+                          one.lse.size() * 4),
+              0);
+        }
+        done += accepted;
+        EXPECT_EQ(drafted.length(a), plain.length(b));
+        const CacheUsage ua = drafted.usage(), ub = plain.usage();
+        EXPECT_EQ(ua.total(), ub.total());
+        EXPECT_EQ(ua.residual_pages, ub.residual_pages);
+        EXPECT_EQ(ua.reencoded_pages, 0);
+      }
     }
-   }
   }
 }
 

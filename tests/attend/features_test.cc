@@ -40,11 +40,41 @@ TEST(NonCausal, SeesEveryStagedToken) {
   }
   o.causal = true;
   AttentionCase causal(o);
-  EXPECT_GT(row_error(AttentionCase(o).attend(), [&] {
-              CaseOptions all = o;
-              all.causal = false;
-              return AttentionCase(all).attend();
-            }(), 64), 0.1);
+  EXPECT_GT(row_error(
+                AttentionCase(o).attend(),
+                [&] {
+                  CaseOptions all = o;
+                  all.causal = false;
+                  return AttentionCase(all).attend();
+                }(),
+                64),
+            0.1);
+}
+
+// With queries and cached values that are BF16 numbers, fast arithmetic rounds weights only.
+constexpr double kBf16Weights = 3.9e-3;
+
+void expect_fast_matches_reference(CaseOptions o, const std::string& what) {
+  o.math = AttendMath::fast;
+  o.bf16_queries = true;
+  o.policy.rotate = o.equalizer = false;
+  AttentionCase c(o);
+  EXPECT_LT(row_error(c.attend(), c.attend_reference(), o.shape.head_dim_v), kBf16Weights) << what;
+}
+
+TEST(NonCausal, FastArithmeticMatchesReference) {
+  for (const AttendMode mode : {AttendMode::prefill, AttendMode::decode}) {
+    for (const LayerPolicy& policy : {layered_policy(0.1, 0.02), plain_policy(Format::bf16)}) {
+      // Prefill adds base and residual before it rounds to BF16: only a BF16 cache stays exact.
+      if (mode == AttendMode::prefill && is_layered(policy.k_format)) continue;
+      for (const auto& [length, queries] : {std::pair{0, 1}, {0, 100}, {300, 5}, {333, 150}}) {
+        CaseOptions o{.policy = policy, .length = length, .queries = queries, .sink_logits = true};
+        o.mode = mode;
+        o.causal = false;
+        expect_fast_matches_reference(o, "after " + std::to_string(length));
+      }
+    }
+  }
 }
 
 // Each query reads what the step's last token reads, whatever queries it comes with.
@@ -83,8 +113,9 @@ class Strided {
     const int64_t row = from.head_dim + pad;
     view_.token_stride = heads_outside ? row : from.heads * row + pad;
     view_.head_stride = heads_outside ? from.tokens * row + pad : row;
-    memory_.assign(static_cast<size_t>(from.tokens * from.heads * row + (from.tokens + from.heads) * pad + 8),
-                   std::numeric_limits<float>::quiet_NaN());
+    memory_.assign(
+        static_cast<size_t>(from.tokens * from.heads * row + (from.tokens + from.heads) * pad + 8),
+        std::numeric_limits<float>::quiet_NaN());
     view_.data = memory_.data() + 3;  // on no vector's boundary
     if (from.data == nullptr) return;
     for (int64_t t = 0; t < from.tokens; ++t) {
@@ -95,7 +126,8 @@ class Strided {
   }
   TensorView<float> out() const { return view_; }
   TensorView<const float> in() const {
-    return {view_.data, view_.tokens, view_.heads, view_.head_dim, view_.token_stride, view_.head_stride};
+    return {view_.data,     view_.tokens,       view_.heads,
+            view_.head_dim, view_.token_stride, view_.head_stride};
   }
   int64_t written() const {
     return std::count_if(memory_.begin(), memory_.end(), [](float x) { return !std::isnan(x); });
@@ -121,7 +153,8 @@ TEST(Strides, PaddingIsNeitherReadNorWritten) {
 
         KvCache cache(dense.cache().config());
         const SequenceId seq = cache.create();
-        for (const auto& [first, n] : {std::pair{int64_t{0}, o.length}, {o.length, int64_t{queries}}}) {
+        for (const auto& [first, n] :
+             {std::pair{int64_t{0}, o.length}, {o.length, int64_t{queries}}}) {
           cache.begin_step(seq, n);
           cache.append(seq, 0, Strided(dense.k_view(first, n), 5, heads_outside).in(),
                        Strided(dense.v_view(first, n), 7, heads_outside).in());
@@ -141,7 +174,8 @@ TEST(Strides, PaddingIsNeitherReadNorWritten) {
           for (int64_t h = 0; h < 8; ++h) {
             const size_t row = static_cast<size_t>(t * 8 + h);
             ASSERT_EQ(*r.lse.row(t, h), lse[row]);
-            for (int64_t d = 0; d < 64; ++d) ASSERT_EQ(r.out.row(t, h)[d], want[row * 64 + static_cast<size_t>(d)]);
+            for (int64_t d = 0; d < 64; ++d)
+              ASSERT_EQ(r.out.row(t, h)[d], want[row * 64 + static_cast<size_t>(d)]);
           }
         }
         EXPECT_EQ(out.written(), queries * 8 * 64);
@@ -203,6 +237,14 @@ TEST(Cap, MatchesReferenceAndHolds) {
   EXPECT_EQ(stats.capped_fraction(), 1.0);
   EXPECT_GT(stats.wanted_mass, 0);
   EXPECT_GT(stats.max_mass_4bit, 0.005);
+
+  CaseOptions fast = o;
+  expect_fast_matches_reference(fast, "capped");
+  fast.math = AttendMath::fast;
+  AttendStats fast_stats;
+  AttentionCase(fast).attend(&fast_stats);
+  EXPECT_EQ(fast_stats.pages_promoted, 4 * fast_stats.rows);
+  EXPECT_EQ(fast_stats.rows_capped, fast_stats.rows);
 
   // A cap that nobody reaches changes nothing.
   o.policy.max_promoted = 0.99;
@@ -316,37 +358,38 @@ TEST(HeadPolicies, MatchReference) {
 // Each head computes what it computes in a layer where every head has its policy.
 TEST(HeadPolicies, EachHeadEqualsAUniformLayerBitwise) {
   for (const AttendMath math : {AttendMath::f32, AttendMath::fast}) {
-  for (const int64_t queries : {4, 40}) {
-  for (const AttendMode mode : {AttendMode::decode, AttendMode::prefill}) {
-  CaseOptions o = heads_case(by_head(kHeads));
-  o.math = math;
-  o.mode = mode;
-  o.queries = queries;
-  AttentionCase c(o);
-  std::vector<float> lse;
-  AttendStats stats;
-  const auto out = c.attend(&stats, &lse);
-  double bits = 0;
-  for (size_t h = 0; h < kHeads.size(); ++h) {
-    CaseOptions uniform = o;
-    uniform.policy = kHeads[h];
-    std::vector<float> want_lse;
-    AttendStats uniform_stats;
-    AttentionCase u(uniform);
-    const auto want = u.attend(&uniform_stats, &want_lse);
-    bits += uniform_stats.bits_read / static_cast<double>(kHeads.size());
-    for (int64_t t = 0; t < o.queries; ++t) {
-      for (size_t g = 0; g < 3; ++g) {
-        const size_t row = static_cast<size_t>(t) * 15 + h * 3 + g;
-        ASSERT_EQ(lse[row], want_lse[row]) << "head " << h;
-        for (size_t d = 0; d < 96; ++d) ASSERT_EQ(out[row * 96 + d], want[row * 96 + d]) << "head " << h;
+    for (const int64_t queries : {4, 40}) {
+      for (const AttendMode mode : {AttendMode::decode, AttendMode::prefill}) {
+        CaseOptions o = heads_case(by_head(kHeads));
+        o.math = math;
+        o.mode = mode;
+        o.queries = queries;
+        AttentionCase c(o);
+        std::vector<float> lse;
+        AttendStats stats;
+        const auto out = c.attend(&stats, &lse);
+        double bits = 0;
+        for (size_t h = 0; h < kHeads.size(); ++h) {
+          CaseOptions uniform = o;
+          uniform.policy = kHeads[h];
+          std::vector<float> want_lse;
+          AttendStats uniform_stats;
+          AttentionCase u(uniform);
+          const auto want = u.attend(&uniform_stats, &want_lse);
+          bits += uniform_stats.bits_read / static_cast<double>(kHeads.size());
+          for (int64_t t = 0; t < o.queries; ++t) {
+            for (size_t g = 0; g < 3; ++g) {
+              const size_t row = static_cast<size_t>(t) * 15 + h * 3 + g;
+              ASSERT_EQ(lse[row], want_lse[row]) << "head " << h;
+              for (size_t d = 0; d < 96; ++d)
+                ASSERT_EQ(out[row * 96 + d], want[row * 96 + d]) << "head " << h;
+            }
+          }
+        }
+        EXPECT_EQ(stats.rows, o.queries * 5);
+        EXPECT_NEAR(stats.bits_read / bits, 1.0, 0.1);  // masses differ from head to head
       }
     }
-  }
-  EXPECT_EQ(stats.rows, o.queries * 5);
-  EXPECT_NEAR(stats.bits_read / bits, 1.0, 0.1);  // masses differ from head to head
-  }
-  }
   }
 }
 

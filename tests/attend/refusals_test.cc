@@ -53,7 +53,8 @@ TEST_F(Refusals, SizesThatOverflow) {
           [](auto& r) { r.q.token_stride = kHuge; });
   refuses("ends beyond the address space", [](auto& r) { r.q.head_stride = kHuge / 4; });
   refuses("ends beyond the address space", [](auto& r) { r.out.token_stride = kHuge / 8; });
-  refuses("q [9223372036854775807][8][64] with", [](auto& r) { r.q.tokens = kHuge, r.out.tokens = 2; });
+  refuses("q [9223372036854775807][8][64] with",
+          [](auto& r) { r.q.tokens = kHuge, r.out.tokens = 2; });
 }
 
 TEST_F(Refusals, Strides) {
@@ -63,7 +64,8 @@ TEST_F(Refusals, Strides) {
           [](auto& r) { r.out.head_stride = 63; });
   refuses("writes some elements twice", [](auto& r) { r.out.token_stride = 511; });
   refuses("writes some elements twice", [](auto& r) { r.out.token_stride = 0; });
-  refuses("lse [2][8][1] with token_stride = 8 and head_stride = 0", [](auto& r) { r.lse.head_stride = 0; });
+  refuses("lse [2][8][1] with token_stride = 8 and head_stride = 0",
+          [](auto& r) { r.lse.head_stride = 0; });
   // An input may be broadcast.
   AttendRequest r = case_.request(out_);
   r.q.head_stride = 0;
@@ -90,7 +92,8 @@ TEST_F(Refusals, InterleavedRowsAreNotOverlapping) {
   }
   std::vector<float> both(2 * 8 * 128, 0.0f);
   AttendRequest r = case_.request(out_);
-  TensorView<float> q{both.data(), 2, 8, 64, 8 * 128, 128}, out{both.data() + 64, 2, 8, 64, 8 * 128, 128};
+  TensorView<float> q{both.data(), 2, 8, 64, 8 * 128, 128},
+      out{both.data() + 64, 2, 8, 64, 8 * 128, 128};
   for (int64_t t = 0; t < 2; ++t) {
     for (int64_t h = 0; h < 8; ++h) std::copy_n(r.q.row(t, h), 64, q.row(t, h));
   }
@@ -99,7 +102,8 @@ TEST_F(Refusals, InterleavedRowsAreNotOverlapping) {
   attend(case_.cache(), r);
   for (int64_t t = 0; t < 2; ++t) {
     for (int64_t h = 0; h < 8; ++h) {
-      for (int64_t d = 0; d < 64; ++d) ASSERT_EQ(out.row(t, h)[d], want[static_cast<size_t>((t * 8 + h) * 64 + d)]);
+      for (int64_t d = 0; d < 64; ++d)
+        ASSERT_EQ(out.row(t, h)[d], want[static_cast<size_t>((t * 8 + h) * 64 + d)]);
     }
   }
   r.out.data -= 1;
@@ -130,14 +134,17 @@ TEST_F(Refusals, Append) {
     expect_refusal(ErrorCode::invalid_argument, part, [&] { cache.append(seq, 0, k, v); });
   };
   cache.begin_step(seq, 4);
-  refuses_append("append: k is [4][2][64] at a null pointer", [](auto& k, auto&) { k.data = nullptr; });
+  refuses_append("append: k is [4][2][64] at a null pointer",
+                 [](auto& k, auto&) { k.data = nullptr; });
   refuses_append("append: v is [4][3][64]", [](auto&, auto& v) { v.heads = 3; });
   refuses_append("k has token_stride = -1", [](auto& k, auto&) { k.token_stride = -1; });
-  refuses_append("ends beyond the address space", [](auto&, auto& v) { v.token_stride = kHuge / 2; });
+  refuses_append("ends beyond the address space",
+                 [](auto&, auto& v) { v.token_stride = kHuge / 2; });
   cache.append(seq, 0, view, view);  // the step is as it was
   cache.commit(seq);
   EXPECT_EQ(cache.length(seq), 4);
-  expect_refusal(ErrorCode::invalid_argument, "tokens after 4", [&] { cache.begin_step(seq, kHuge); });
+  expect_refusal(ErrorCode::invalid_argument, "tokens after 4",
+                 [&] { cache.begin_step(seq, kHuge); });
   expect_refusal(ErrorCode::invalid_argument, "begin_step: 0", [&] { cache.begin_step(seq, 0); });
   expect_refusal(ErrorCode::invalid_argument, "no sequence 99", [&] { cache.free(99); });
 }

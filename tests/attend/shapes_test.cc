@@ -11,11 +11,13 @@ namespace {
 
 using namespace testing;
 
-CaseOptions shape_case(int64_t kv, int64_t ratio, int64_t dk, int64_t dv, const LayerPolicy& policy) {
-  CaseOptions o{.shape = {.kv_heads = kv, .q_heads = kv * ratio, .head_dim_k = dk, .head_dim_v = dv},
-                .policy = policy,
-                .length = 64 * 5 + 17,
-                .queries = 3};
+CaseOptions shape_case(int64_t kv, int64_t ratio, int64_t dk, int64_t dv,
+                       const LayerPolicy& policy) {
+  CaseOptions o{
+      .shape = {.kv_heads = kv, .q_heads = kv * ratio, .head_dim_k = dk, .head_dim_v = dv},
+      .policy = policy,
+      .length = 64 * 5 + 17,
+      .queries = 3};
   o.equalizer = true;
   o.scramble = true;
   return o;

@@ -75,7 +75,9 @@ if [ ${#fuzzers[@]} -gt 0 ]; then
     mkdir -p "$corpus" build/asan/artifacts
     seeds=()
     [ -d "tests/fuzz/corpus/$name" ] && seeds=("tests/fuzz/corpus/$name")
-    if "$fuzzer" -max_total_time=$(((fuzz_seconds + ${#fuzzers[@]} - 1) / ${#fuzzers[@]})) \
+    dict=()
+    [ -f "tests/fuzz/$name.dict" ] && dict=("-dict=tests/fuzz/$name.dict")
+    if "$fuzzer" "${dict[@]}" -max_total_time=$(((fuzz_seconds + ${#fuzzers[@]} - 1) / ${#fuzzers[@]})) \
         -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=1 \
         -artifact_prefix="build/asan/artifacts/$name-" "$corpus" "${seeds[@]}" \
         >"build/asan/$name.log" 2>&1; then

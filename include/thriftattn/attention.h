@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "thriftattn/kv_cache.h"
 #include "thriftattn/tensor_view.h"
@@ -34,6 +35,9 @@ struct AttendConfig {
   AttendMath math = AttendMath::fast;
   float softmax_scale = 0.0f;  // must be set; usually 1/sqrt(head_dim_k)
   float softcap = 0.0f;        // s = softcap * tanh(s / softcap) before masking; 0 = none
+  // false: every query sees all tokens of the sequence, the staged ones included. In decode
+  // mode each then reads what the step's last token reads. Not with a sliding window.
+  bool causal = true;
 };
 
 // What attention read and what its rule guarantees. Accumulates over calls (merge of
@@ -52,13 +56,16 @@ struct AttendStats {
   double sum_mass_skipped = 0;   // per query head: mass skipped, summed
   double final_mass_4bit = 0;    // the same two sums over the masses after promotion
   double final_mass_skipped = 0;
-  double wanted_mass = 0;        // mass above `promote` in pages whose residual is dropped
+  double wanted_mass = 0;        // mass above `promote` that was read in 4 bits: the residual is
+                                 // dropped, or the cap `max` raised the threshold
+  int64_t rows_capped = 0;       // rows whose threshold the cap raised
   int64_t query_heads = 0;       // (query, query head) pairs: divides the sums above
 
   void merge(const AttendStats& other);
   double bits_read_per_element() const;  // mean over rows
   double promoted_fraction() const;      // of pages_visible
   double skipped_fraction() const;       // of pages_visible
+  double capped_fraction() const;        // of rows
 };
 
 struct AttendRequest {
@@ -74,8 +81,29 @@ struct AttendRequest {
   AttendStats* stats = nullptr;  // optional: accumulated into
 };
 
-// Threaded with oneTBB inside the caller's arena; results do not depend on the threads.
+// Threaded with oneTBB inside the caller's arena; results do not depend on the threads. All
+// requests are checked before anything is written.
 void attend(const KvCache& cache, const AttendRequest& request);
+
+// Many requests at once, of any lengths, modes and layers, their work shared out over the threads
+// together. Each result has the bits that attend() gives alone. Outputs may not overlap.
+void attend_batch(const KvCache& cache, std::span<const AttendRequest> requests);
+
+// The same for one layer, with the queries of all sequences packed along tokens: those of
+// sequences[i] are rows cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of q, out and lse.
+struct PackedQueries {
+  int64_t layer = 0;
+  AttendConfig config;
+  std::span<const SequenceId> sequences;
+  std::span<const int64_t> cu_seqlens;   // sequences.size() + 1 numbers, from 0 to q.tokens
+  std::span<const AttendMode> modes;     // one a sequence, in place of config.mode; empty = none
+  TensorView<const float> q;
+  TensorView<float> out;
+  TensorView<float> lse;                 // optional
+  const float* sink_logits = nullptr;    // optional
+  std::span<AttendStats> stats;          // one a sequence, accumulated into; empty = none
+};
+void attend_batch(const KvCache& cache, const PackedQueries& batch);
 
 // The same function in plain FP64 loops over the values as stored: the truth of the tests.
 void attend_reference(const KvCache& cache, const AttendRequest& request);

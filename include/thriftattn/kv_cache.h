@@ -25,8 +25,8 @@ inline constexpr int64_t kPageTokens = 64;
 struct LayerShape {
   int64_t kv_heads = 0;
   int64_t q_heads = 0;     // a multiple of kv_heads
-  int64_t head_dim_k = 0;  // multiple of 32, at most 256
-  int64_t head_dim_v = 0;  // multiple of 32, at most 256
+  int64_t head_dim_k = 0;  // multiple of 16 (q8_0 and q4_0: of 32), 32 to 256
+  int64_t head_dim_v = 0;  // the same; need not equal head_dim_k
   int64_t window = 0;      // sliding window in tokens, the query's own included; 0 = none
 };
 

@@ -40,18 +40,27 @@ enum class PromoteRule : uint8_t {
 };
 
 enum class BlockScore : uint8_t {
-  mean,    // mean over the group's queries of q . mean(K of page)
-  oracle,  // the page's true attention mass (needs every plane; for comparison only)
+  mean,      // mean over the group's queries of q . mean(K of page)
+  oracle,    // the page's true attention mass (needs every plane; for comparison only)
+  quest,     // the largest q . k that the page's elementwise min and max of K allow
+  variance,  // q . mean + half of sum q^2 variance: the page's log-sum-exp were K Gaussian
+  local,     // the newest pages
 };
 
 // What one layer does. All fields are meaningful after resolve().
+//
+// `quest` and `variance` need statistics that the page summaries do not hold: they are computed
+// from the decoded base plane of K at every query, and are there for comparison.
 struct LayerPolicy {
   Format k_format = Format::bf16;
   Format v_format = Format::bf16;
   PromoteRule rule = PromoteRule::mass;
   double promote = 1.0;  // mass above which a page is read with its residual; 1 = never
   double skip = 0.0;     // mass up to which a page's V codes are not read; 0 = never
+  double max_promoted = 1.0;  // PromoteRule::mass: raises `promote` for a query that would read
+                              // more than this fraction of its complete pages with the residual
   double budget = 0.0;   // PromoteRule::budget: fraction of the visible complete pages
+  int64_t budget_pages = 0;  // the same as a number of pages; 0 = by fraction
   BlockScore score = BlockScore::mean;
   Residency residency = Residency::device;
   int64_t sinks = 0;   // tokens at the start whose residual is never dropped
@@ -59,8 +68,14 @@ struct LayerPolicy {
   bool rotate = true;  // K only, layered formats: Hadamard rotation
   bool center = true;  // layered formats: subtract the page mean (K and V)
   bool equalize = true;  // K only, layered formats: apply the model's equaliser if there is one
+  // Where KV heads differ: one policy each (without `heads` of their own). The fields above are
+  // then those of most heads. Empty: every head as above.
+  std::vector<LayerPolicy> heads;
 
   bool operator==(const LayerPolicy&) const = default;
+  const LayerPolicy& of_head(int64_t kv_head) const {
+    return heads.empty() ? *this : heads[static_cast<size_t>(kv_head)];
+  }
 };
 
 // The layers a rule applies to.
@@ -73,15 +88,41 @@ struct LayerSelector {
   bool operator==(const LayerSelector&) const = default;
 };
 
+// The KV heads of those layers.
+struct HeadSelector {
+  int64_t begin = 0;
+  int64_t end = 0;  // one past the last head; 0 = all heads
+
+  bool all() const { return end == 0; }
+  bool operator==(const HeadSelector&) const = default;
+};
+
+// A number of tokens, or a share of the context that resolve() is told.
+struct TokenCount {
+  int64_t tokens = 0;
+  double percent = 0;  // above 0: in place of `tokens`
+
+  TokenCount() = default;
+  TokenCount(int64_t n) : tokens(n) {}  // NOLINT(google-explicit-constructor): counts are numbers
+  static TokenCount of_context(double percent) {
+    TokenCount count;
+    count.percent = percent;
+    return count;
+  }
+  bool operator==(const TokenCount&) const = default;
+};
+
 // A rule sets the fields it has.
 struct PolicyRule {
   LayerSelector layers;
+  HeadSelector heads;
   std::optional<Format> k_format, v_format;
   std::optional<PromoteRule> rule;
-  std::optional<double> promote, skip, budget;
+  std::optional<double> promote, skip, max_promoted, budget;
+  std::optional<int64_t> budget_pages;  // in place of `budget`
   std::optional<BlockScore> score;
   std::optional<Residency> residency;
-  std::optional<int64_t> sinks, recent;
+  std::optional<TokenCount> sinks, recent;
   std::optional<bool> rotate, center, equalize;
 
   bool operator==(const PolicyRule&) const = default;
@@ -98,9 +139,11 @@ struct Policy {
 struct PolicyContext {
   int64_t layers = 0;
   std::vector<bool> sliding_window;  // per layer; empty = none
+  std::vector<int64_t> kv_heads;     // per layer; empty = unknown: no rules by head
+  int64_t context_tokens = 0;        // of the longest sequence; 0 = unknown: no per cent
 };
 
-// One LayerPolicy per layer. Sliding-window layers of a layered policy default to nvfp4x2
+// One LayerPolicy per layer (with one for each KV head where they differ). Sliding-window layers of a layered policy default to nvfp4x2
 // (before explicit `sliding_window` rules). Throws Error naming what is wrong.
 std::vector<LayerPolicy> resolve(const Policy& policy, const PolicyContext& context);
 
@@ -109,8 +152,8 @@ const std::vector<std::string>& preset_names();
 Policy preset(std::string_view name);
 
 // `text` is a preset name, a preset with changes ("balanced,promote=0.05,recent=256"),
-// selectors with formats ("0-3:fp8,4-35:nvfp4", "balanced,first:2:bf16"), a JSON object
-// (starts with '{'), or "@FILE" naming a JSON file.
+// selectors with formats ("0-3:fp8,4-35:nvfp4", "balanced,first:2:bf16", "2:head:1:bf16"), a JSON
+// object (starts with '{'), or "@FILE" naming a JSON file.
 Policy parse_policy(std::string_view text);
 std::string policy_to_json(const Policy& policy);
 

@@ -11,7 +11,9 @@
 #include "cache/page_codec.h"
 #include "formats/k_transform.h"
 #include "formats/row_codec.h"
+#include "precision/block_score.h"
 #include "precision/budget_rule.h"
+#include "precision/mass_cap.h"
 
 namespace thriftattn {
 namespace {
@@ -48,17 +50,17 @@ void scatter_columns(const float* src, int64_t rows, int64_t src_ld,
 }  // namespace
 
 AttendTile::AttendTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec)
-    : view_(view), request_(request), store_(view.store()), spec_(spec) {
+    : view_(view),
+      request_(request),
+      store_(view.store()),
+      visible_(view, request),
+      spec_(spec) {
   group_ = store_.shape.q_heads / store_.shape.kv_heads;
   rows_ = spec.positions * group_;
   cols_ = round_up(rows_, tile_lanes());
-  const int64_t window = store_.shape.window;
-  const int64_t first_visible =
-      window > 0 ? std::max<int64_t>(0, spec.first_token + 1 - window) : 0;
-  page_begin_ = first_visible / kPageTokens;
-  page_end_ = spec.first_token / kPageTokens + 1;
-  open_from_ = request.config.mode == AttendMode::prefill ? view.committed() / kPageTokens
-                                                          : spec.first_token / kPageTokens;
+  page_begin_ = visible_.begin(spec.first_token) / kPageTokens;
+  page_end_ = (visible_.end(spec.first_token) - 1) / kPageTokens + 1;
+  open_from_ = visible_.open_from(spec.first_token);
   split_begin_ = page_begin_ / kSplitPages;
   split_end_ = (page_end_ - 1) / kSplitPages + 1;
 
@@ -68,11 +70,13 @@ AttendTile::AttendTile(const LayerView& view, const AttendRequest& request, cons
   page_mass_.assign(static_cast<size_t>(pages * cols_), 0.0f);
   page_sum_.assign(static_cast<size_t>(pages * cols_), 0.0f);
   if (store_.policy.rule == PromoteRule::budget) {
-    page_offset_.assign(static_cast<size_t>(pages * cols_), 0.0f);
     if (store_.policy.score == BlockScore::oracle) {
       page_lse_full_.assign(static_cast<size_t>(pages * cols_), kNegInf);
+    } else {
+      page_score_.assign(static_cast<size_t>(pages * cols_), 0.0f);
     }
   }
+  promote_.assign(static_cast<size_t>(spec.positions), static_cast<float>(store_.policy.promote));
   needs_mass_ = request.config.mode == AttendMode::decode && store_.layout.any_layered();
   if (needs_mass_) {
     page_m_.assign(static_cast<size_t>(pages * cols_), kNegInf);
@@ -96,7 +100,7 @@ int64_t AttendTile::page_tokens(int64_t page) const {
 
 const float* AttendTile::sink(int64_t group_head) const {
   if (request_.sink_logits == nullptr) return nullptr;
-  return request_.sink_logits + spec_.kv_head * group_ + group_head;
+  return request_.sink_logits + q_head(group_head);
 }
 
 void AttendTile::load_queries() {
@@ -107,7 +111,7 @@ void AttendTile::load_queries() {
   const float* eq = store_.equalizer.empty() ? nullptr : &store_.equalizer[spec_.kv_head * dim];
   for (int64_t i = 0; i < spec_.positions; ++i) {
     for (int64_t g = 0; g < group_; ++g) {
-      const float* q = request_.q.row(spec_.first_query + i, spec_.kv_head * group_ + g);
+      const float* q = request_.q.row(spec_.first_query + i, q_head(g));
       if (store_.layout.k.layered) {
         equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.policy.rotate, row.data(), dim);
       } else {
@@ -161,13 +165,12 @@ void AttendTile::load_k_offset(int64_t page, std::vector<float>& offset) const {
 
 // Hides what a position may not see: later tokens, and tokens behind the window.
 void AttendTile::mask(int64_t page, float* s) const {
-  const int64_t window = store_.shape.window;
   const int64_t begin = page * kPageTokens;
   const int64_t held = page_tokens(page);
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const int64_t position = spec_.first_token + i;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window - begin) : 0;
-    const int64_t end = std::min(held, position + 1 - begin);
+    const int64_t first = std::max<int64_t>(0, visible_.begin(position) - begin);
+    const int64_t end = std::min(held, visible_.end(position) - begin);
     if (first == 0 && end >= kPageTokens) continue;
     for (int64_t t = 0; t < kPageTokens; ++t) {
       if (t >= first && t < end) continue;
@@ -204,7 +207,10 @@ void AttendTile::score(int64_t split) {
                  .ldc = cols_, .m = page_tokens(page), .n = cols_, .k = dim, .accumulate = true});
     mask(page, s);
     const int64_t at = (page - page_begin_) * cols_;
-    if (!page_offset_.empty()) std::copy_n(q_offset.data(), cols_, &page_offset_[static_cast<size_t>(at)]);
+    if (!page_score_.empty()) {
+      block_scores(store_.policy.score, {k.data(), page_tokens(page), dim, page},
+                   {queries_.get(), cols_, q_offset.data()}, &page_score_[static_cast<size_t>(at)]);
+    }
     if (needs_mass_) {
       tile_page_state(capped_scores(page, s, capped), &page_m_[static_cast<size_t>(at)],
                       &page_l_[static_cast<size_t>(at)]);
@@ -250,6 +256,7 @@ void AttendTile::combine() {
     }
   }
   if (store_.policy.rule == PromoteRule::budget) choose_by_budget();
+  if (store_.policy.max_promoted < 1) apply_cap();
   for (int64_t page = page_begin_; page < std::min(open_from_, page_end_); ++page) decide(page);
 }
 
@@ -261,7 +268,7 @@ void AttendTile::choose_by_budget() {
   std::vector<float> score(static_cast<size_t>(pages));
   std::vector<uint8_t> candidate(static_cast<size_t>(pages));
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    const int64_t visible = spec_.first_token + i + 1;
+    const int64_t visible = visible_.end(spec_.first_token + i);
     std::vector<float> lse(static_cast<size_t>(group_), kNegInf);
     if (!page_lse_full_.empty()) {
       for (int64_t g = 0; g < group_; ++g) {
@@ -276,7 +283,9 @@ void AttendTile::choose_by_budget() {
       const int64_t page = page_begin_ + p;
       const bool sinks = page * kPageTokens < policy.sinks;
       const bool recent = policy.recent > 0 && (page + 1) * kPageTokens > visible - policy.recent;
-      const bool held = is_sealed(page) && view_.residual(page, spec_.kv_head) != nullptr;
+      // What is behind this position's window is a page of other positions of the tile only.
+      const bool held = is_sealed(page) && view_.residual(page, spec_.kv_head) != nullptr &&
+                        page >= visible_.begin(spec_.first_token + i) / kPageTokens;
       candidate[static_cast<size_t>(p)] = held && !sinks && !recent;
       if (held && (sinks || recent)) {
         budget_choice_[static_cast<size_t>(i * pages + p)] = 1;
@@ -285,38 +294,65 @@ void AttendTile::choose_by_budget() {
       for (int64_t g = 0; g < group_; ++g) {
         const size_t at = static_cast<size_t>(p * cols_ + i * group_ + g);
         if (page_lse_full_.empty()) {
-          value += page_offset_[at] / static_cast<float>(group_);
+          value += page_score_[at] / static_cast<float>(group_);
         } else {
           value = std::max(value, std::exp(page_lse_full_[at] - lse[static_cast<size_t>(g)]));
         }
       }
       score[static_cast<size_t>(p)] = value;
     }
-    const std::vector<uint8_t> chosen = select_by_budget(score, candidate, policy.budget);
+    const std::vector<uint8_t> chosen =
+        select_by_budget(score, candidate, {policy.budget, policy.budget_pages});
     for (int64_t p = 0; p < pages; ++p) {
       budget_choice_[static_cast<size_t>(i * pages + p)] |= chosen[static_cast<size_t>(p)];
     }
   }
 }
 
+// The mass that decides: the largest over the query heads of the group.
+float AttendTile::top_mass(int64_t page, int64_t i) const {
+  const float* mass = &page_mass_[static_cast<size_t>((page - page_begin_) * cols_)];
+  float top = 0;
+  for (int64_t g = 0; g < group_; ++g) top = std::max(top, mass[i * group_ + g]);
+  return top;
+}
+
+PageFacts AttendTile::facts(int64_t page, int64_t i) const {
+  return page_facts(store_.layout, store_.policy, page, visible_.end(spec_.first_token + i),
+                    store_.shape.window, view_.residual(page, spec_.kv_head) != nullptr);
+}
+
+// Raises a position's threshold where more pages than the cap allows would be promoted. Pages
+// that are read with their residual anyway count neither way.
+void AttendTile::apply_cap() {
+  for (int64_t i = 0; i < spec_.positions; ++i) {
+    std::vector<float> masses;
+    const int64_t sealed_end = std::min(open_from_, page_end_);
+    // Behind the first position's window a later one sees less.
+    const int64_t first = visible_.begin(spec_.first_token + i) / kPageTokens;
+    for (int64_t page = first; page < sealed_end; ++page) {
+      const PageFacts f = facts(page, i);
+      if (f.has_residual && !f.forced_full) masses.push_back(top_mass(page, i));
+    }
+    const int64_t cap = promotion_cap(store_.policy.max_promoted, sealed_end - first);
+    float& promote = promote_[static_cast<size_t>(i)];
+    promote = capped_promote(std::move(masses), promote, cap);
+  }
+}
+
 // Fixes how each position reads a sealed layered page.
 void AttendTile::decide(int64_t page) {
   const LayerPolicy& policy = store_.policy;
-  const float* mass = &page_mass_[static_cast<size_t>((page - page_begin_) * cols_)];
-  const bool held = view_.residual(page, spec_.kv_head) != nullptr;
-  MassRule rule{static_cast<float>(policy.promote), static_cast<float>(policy.skip)};
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    PageFacts facts = page_facts(store_.layout, policy, page, spec_.first_token + i + 1,
-                                 store_.shape.window, held);
+    MassRule rule{promote_[static_cast<size_t>(i)], static_cast<float>(policy.skip)};
+    PageFacts facts = this->facts(page, i);
     if (policy.rule == PromoteRule::budget) {
       rule.promote = 1.0f;
       facts.forced_full |=
           facts.has_residual &&
           budget_choice_[static_cast<size_t>(i * (page_end_ - page_begin_) + page - page_begin_)];
     }
-    float top = 0;
-    for (int64_t g = 0; g < group_; ++g) top = std::max(top, mass[i * group_ + g]);
-    read(page, i) = read_by_mass(rule, facts, top);
+    read(page, i) = read_by_mass(rule, facts, top_mass(page, i));
   }
 }
 
@@ -426,7 +462,6 @@ void AttendTile::finish(AttendStats* stats) {
   std::vector<float> lse(static_cast<size_t>(cols_), kNegInf), o(static_cast<size_t>(dim));
   for (int64_t r = 0; r < rows_; ++r) {
     const int64_t i = r / group_, g = r % group_;
-    const int64_t q_head = spec_.kv_head * group_ + g;
     SoftmaxScalar total;
     std::fill(o.begin(), o.end(), 0.0f);
     if (const float* sink_logit = sink(g)) total = {*sink_logit, 1.0f};
@@ -435,10 +470,10 @@ void AttendTile::finish(AttendStats* stats) {
                     state.o.get() + r * dim, dim);
     }
     const float inverse = total.l > 0 ? 1.0f / total.l : 0.0f;
-    float* out = request_.out.row(spec_.first_query + i, q_head);
+    float* out = request_.out.row(spec_.first_query + i, q_head(g));
     for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;
     lse[static_cast<size_t>(r)] = total.lse();
-    if (request_.lse.data) *request_.lse.row(spec_.first_query + i, q_head) = total.lse();
+    if (request_.lse.data) *request_.lse.row(spec_.first_query + i, q_head(g)) = total.lse();
   }
   if (stats) add_stats(*stats, lse);
 }
@@ -450,14 +485,13 @@ PageRead AttendTile::read_as(int64_t page, int64_t i) {
 }
 
 void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
-  const int64_t window = store_.shape.window;
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const int64_t position = spec_.first_token + i;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+    const int64_t first = visible_.begin(position), end = visible_.end(position);
     RowStats row_stats(stats, store_.layout, store_.policy.promote);
     for (int64_t page = page_begin_; page < page_end_; ++page) {
       const int64_t begin = std::max(first, page * kPageTokens);
-      const int64_t tokens = std::min(position + 1, (page + 1) * kPageTokens) - begin;
+      const int64_t tokens = std::min(end, (page + 1) * kPageTokens) - begin;
       if (tokens <= 0) continue;
       if (!is_sealed(page) || !store_.layout.any_layered()) {
         row_stats.add_plain(tokens, !is_sealed(page));
@@ -475,6 +509,8 @@ void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
       }
     }
     row_stats.finish(group_);
+    stats.rows_capped +=
+        promote_[static_cast<size_t>(i)] > static_cast<float>(store_.policy.promote);
   }
 }
 

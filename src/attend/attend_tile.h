@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "attend/request.h"
 #include "attend/softmax_state.h"
 #include "attend/tile_kernels.h"
 #include "cache/kv_cache_impl.h"
@@ -53,6 +54,10 @@ class AttendTile {
   PageRead& read(int64_t page, int64_t i) {
     return reads_[static_cast<size_t>((page - page_begin_) * spec_.positions + i)];
   }
+  // The layer's query head of a group's head: the index into q, out, lse and sink_logits.
+  int64_t q_head(int64_t group_head) const {
+    return store_.model_head(spec_.kv_head) * group_ + group_head;
+  }
   const float* sink(int64_t group_head) const;
 
   void load_queries();
@@ -63,6 +68,9 @@ class AttendTile {
   void score_with_residual(const std::vector<int64_t>& columns, const float* residual,
                            float* s) const;
   void choose_by_budget();
+  void apply_cap();
+  float top_mass(int64_t page, int64_t i) const;
+  PageFacts facts(int64_t page, int64_t i) const;
   void decide(int64_t page);
   PageRead read_as(int64_t page, int64_t i);
   std::vector<int64_t> columns_of(int64_t page, PageRead kind);
@@ -73,6 +81,7 @@ class AttendTile {
   const LayerView& view_;
   const AttendRequest& request_;
   const LayerStore& store_;
+  Visibility visible_;
   TileSpec spec_;
   int64_t group_, rows_, cols_;  // rows = positions * group; cols = rows padded to lanes
   int64_t page_begin_, page_end_, open_from_;
@@ -81,8 +90,9 @@ class AttendTile {
   Buffer scores_;   // [pages][64][cols], before the softcap
   std::vector<PageRead> reads_;        // [pages][positions]
   std::vector<uint8_t> budget_choice_;  // [positions][pages]: PromoteRule::budget
-  std::vector<float> page_offset_;     // [pages][cols]: q'.mean, for the block-mean score
+  std::vector<float> page_score_;      // [pages][cols]: PromoteRule::budget, but for the oracle
   std::vector<float> page_lse_full_;   // [pages][cols]: for the oracle
+  std::vector<float> promote_;         // [positions]: the policy's, or higher by the cap
   bool needs_mass_ = false;  // decode over layered pages: the rule decides
   std::vector<float> page_m_, page_l_;  // [pages][cols]: the page's own state, base scores
   std::vector<float> page_mass_;       // [pages][cols]: base mass

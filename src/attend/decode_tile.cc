@@ -7,6 +7,7 @@
 #include "attend/read_stats.h"
 #include "cache/page_codec.h"
 #include "formats/k_transform.h"
+#include "precision/mass_cap.h"
 
 namespace thriftattn {
 namespace {
@@ -22,16 +23,18 @@ bool DecodeTile::supports(const LayerStore& store) {
 
 DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
                        const DecodeKernels& kernels, ScratchPool& scratch)
-    : view_(view), request_(request), store_(view.store()), kernels_(kernels), spec_(spec) {
+    : view_(view),
+      request_(request),
+      store_(view.store()),
+      kernels_(kernels),
+      visible_(view, request),
+      spec_(spec) {
   group_ = store_.shape.q_heads / store_.shape.kv_heads;
   rows_ = spec.positions * group_;
   blocks_ = (rows_ + kRowBlock - 1) / kRowBlock;
-  const int64_t window = store_.shape.window;
-  const int64_t first_visible =
-      window > 0 ? std::max<int64_t>(0, spec.first_token + 1 - window) : 0;
-  page_begin_ = first_visible / kPageTokens;
-  page_end_ = spec.first_token / kPageTokens + 1;
-  open_from_ = spec.first_token / kPageTokens;
+  page_begin_ = visible_.begin(spec.first_token) / kPageTokens;
+  page_end_ = (visible_.end(spec.first_token) - 1) / kPageTokens + 1;
+  open_from_ = visible_.open_from(spec.first_token);
   split_begin_ = page_begin_ / kSplitPages;
   split_end_ = (page_end_ - 1) / kSplitPages + 1;
   layered_ = store_.layout.any_layered();
@@ -46,6 +49,7 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
   final_mass_.resize(states);
   lse_.assign(static_cast<size_t>(blocks_ * kRowBlock), kNegInf);
   reads_.assign(static_cast<size_t>(pages * spec.positions), PageRead::base);
+  promote_.assign(static_cast<size_t>(spec.positions), static_cast<float>(store_.policy.promote));
   accumulators_.resize(static_cast<size_t>(splits()));
   sums_.resize(static_cast<size_t>(splits()));
   pack_queries();
@@ -74,8 +78,7 @@ void DecodeTile::pack_queries() {
   query_rows_.assign(static_cast<size_t>(blocks_ * kRowBlock), nullptr);
   const float* eq = store_.equalizer.empty() ? nullptr : &store_.equalizer[spec_.kv_head * dim];
   for (int64_t r = 0; r < rows_; ++r) {
-    const float* q =
-        request_.q.row(spec_.first_query + position_of(r), spec_.kv_head * group_ + r % group_);
+    const float* q = request_.q.row(spec_.first_query + position_of(r), q_head(r));
     float* row = &queries_[static_cast<size_t>(r * dim)];
     if (store_.layout.k.layered) {
       equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.policy.rotate, row, dim);
@@ -177,15 +180,14 @@ void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* 
     kernels_.page_softmax(s, request_.config.softcap, nullptr, m, l);
     return;
   }
-  const int64_t window = store_.shape.window;
   const int64_t begin = page.index * kPageTokens;
   BlockMask mask;
   for (int64_t r = 0; r < kRowBlock; ++r) {
     const int64_t row = block * kRowBlock + r;
     const int64_t position = spec_.first_token + (row < rows_ ? position_of(row) : 0);
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window - begin) : 0;
+    const int64_t first = std::max<int64_t>(0, visible_.begin(position) - begin);
     mask.first[r] = static_cast<int32_t>(std::min(first, kPageTokens));
-    mask.end[r] = static_cast<int32_t>(std::min(kPageTokens, position + 1 - begin));
+    mask.end[r] = static_cast<int32_t>(std::min(kPageTokens, visible_.end(position) - begin));
   }
   kernels_.page_softmax(s, request_.config.softcap, &mask, m, l);
 }
@@ -212,7 +214,7 @@ void DecodeTile::combine() {
       l[r] = 0.0f;
       const int64_t row = b * kRowBlock + r;
       if (request_.sink_logits != nullptr && row < rows_) {
-        m[r] = request_.sink_logits[spec_.kv_head * group_ + row % group_];
+        m[r] = request_.sink_logits[q_head(row)];
         l[r] = 1.0f;
       }
     }
@@ -223,25 +225,50 @@ void DecodeTile::combine() {
     kernels_.page_masses(&m_[first], &l_[first], pages, lse, &mass_[first], &factor_[first]);
   }
   final_mass_ = mass_;
+  if (store_.policy.max_promoted < 1 && layered_) apply_cap();
   for (int64_t j = page_begin_; j < std::min(page_end_, open_from_) && layered_; ++j) {
     decide(page(j));
   }
 }
 
-void DecodeTile::decide(const Page& page) {
-  const LayerPolicy& policy = store_.policy;
-  const MassRule rule{static_cast<float>(policy.promote), static_cast<float>(policy.skip)};
-  const bool held = view_.residual(page.index, spec_.kv_head) != nullptr;
-  const int64_t pages = page_end_ - page_begin_, j = page.index - page_begin_;
+// The mass that decides: the largest over the query heads of the group.
+float DecodeTile::top_mass(int64_t page, int64_t position) const {
+  const int64_t pages = page_end_ - page_begin_, j = page - page_begin_;
+  float top = 0;
+  for (int64_t row = position * group_; row < (position + 1) * group_; ++row) {
+    top = std::max(top, mass_[static_cast<size_t>((row / kRowBlock * pages + j) * kRowBlock +
+                                                  row % kRowBlock)]);
+  }
+  return top;
+}
+
+PageFacts DecodeTile::facts(int64_t page, int64_t position) const {
+  return page_facts(store_.layout, store_.policy, page, visible_.end(spec_.first_token + position),
+                    store_.shape.window, view_.residual(page, spec_.kv_head) != nullptr);
+}
+
+// As AttendTile::apply_cap().
+void DecodeTile::apply_cap() {
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    float top = 0;
-    for (int64_t row = i * group_; row < (i + 1) * group_; ++row) {
-      top = std::max(top, mass_[static_cast<size_t>(
-                              (row / kRowBlock * pages + j) * kRowBlock + row % kRowBlock)]);
+    std::vector<float> masses;
+    const int64_t sealed_end = std::min(open_from_, page_end_);
+    const int64_t first = visible_.begin(spec_.first_token + i) / kPageTokens;
+    for (int64_t j = first; j < sealed_end; ++j) {
+      const PageFacts f = facts(j, i);
+      if (f.has_residual && !f.forced_full) masses.push_back(top_mass(j, i));
     }
-    const PageFacts facts = page_facts(store_.layout, policy, page.index, spec_.first_token + i + 1,
-                                       store_.shape.window, held);
-    reads_[static_cast<size_t>(j * spec_.positions + i)] = read_by_mass(rule, facts, top);
+    float& promote = promote_[static_cast<size_t>(i)];
+    promote = capped_promote(std::move(masses), promote,
+                             promotion_cap(store_.policy.max_promoted, sealed_end - first));
+  }
+}
+
+void DecodeTile::decide(const Page& page) {
+  const int64_t j = page.index - page_begin_;
+  for (int64_t i = 0; i < spec_.positions; ++i) {
+    const MassRule rule{promote_[static_cast<size_t>(i)], static_cast<float>(store_.policy.skip)};
+    reads_[static_cast<size_t>(j * spec_.positions + i)] =
+        read_by_mass(rule, facts(page.index, i), top_mass(page.index, i));
   }
 }
 
@@ -353,11 +380,11 @@ void DecodeTile::finish(AttendStats* stats) {
   const int64_t step = kernels_.accumulator_floats(dim);
   std::vector<float> o(static_cast<size_t>(dim));
   for (int64_t r = 0; r < rows_; ++r) {
-    const int64_t i = position_of(r), q_head = spec_.kv_head * group_ + r % group_;
+    const int64_t i = position_of(r);
     const float lse = lse_[static_cast<size_t>(r)];
     float total = 0.0f;
     if (request_.sink_logits != nullptr) {
-      total = softmax_rescale(request_.sink_logits[q_head], lse);
+      total = softmax_rescale(request_.sink_logits[q_head(r)], lse);
     }
     std::fill(o.begin(), o.end(), 0.0f);
     for (int64_t s = 0; s < splits(); ++s) {
@@ -366,25 +393,24 @@ void DecodeTile::finish(AttendStats* stats) {
                        r % kRowBlock, o.data());
     }
     const float inverse = total > 0 ? 1.0f / total : 0.0f;
-    float* out = request_.out.row(spec_.first_query + i, q_head);
+    float* out = request_.out.row(spec_.first_query + i, q_head(r));
     for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;
     if (request_.lse.data) {
-      *request_.lse.row(spec_.first_query + i, q_head) = SoftmaxScalar{lse, total}.lse();
+      *request_.lse.row(spec_.first_query + i, q_head(r)) = SoftmaxScalar{lse, total}.lse();
     }
   }
   if (stats) add_stats(*stats);
 }
 
 void DecodeTile::add_stats(AttendStats& stats) const {
-  const int64_t window = store_.shape.window;
   const int64_t pages = page_end_ - page_begin_;
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const int64_t position = spec_.first_token + i;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+    const int64_t first = visible_.begin(position), end = visible_.end(position);
     RowStats row_stats(stats, store_.layout, store_.policy.promote);
     for (int64_t j = page_begin_; j < page_end_; ++j) {
       const int64_t begin = std::max(first, j * kPageTokens);
-      const int64_t tokens = std::min(position + 1, (j + 1) * kPageTokens) - begin;
+      const int64_t tokens = std::min(end, (j + 1) * kPageTokens) - begin;
       if (tokens <= 0) continue;
       const Page p = page(j);
       if (!layered_ || !p.sealed) {
@@ -400,6 +426,8 @@ void DecodeTile::add_stats(AttendStats& stats) const {
       }
     }
     row_stats.finish(group_);
+    stats.rows_capped +=
+        promote_[static_cast<size_t>(i)] > static_cast<float>(store_.policy.promote);
   }
 }
 

@@ -50,6 +50,10 @@ class DecodeTile {
     return p_.get() + at(page, block) * kBlockScores;
   }
   int64_t position_of(int64_t row) const { return row / group_; }
+  // The layer's query head of a row: the index into q, out, lse and sink_logits.
+  int64_t q_head(int64_t row) const {
+    return store_.model_head(spec_.kv_head) * group_ + row % group_;
+  }
   PageRead read(int64_t page, int64_t row) const {
     return reads_[static_cast<size_t>((page - page_begin_) * spec_.positions + position_of(row))];
   }
@@ -63,6 +67,9 @@ class DecodeTile {
   void score_page(const Page& page, int64_t first_block, int64_t blocks, float* s,
                   const NextRows& next) const;
   void softmax_page(const Page& page, int64_t block, float* s, float* m, float* l) const;
+  float top_mass(int64_t page, int64_t position) const;
+  PageFacts facts(int64_t page, int64_t position) const;
+  void apply_cap();
   void decide(const Page& page);
   void promote(const Page& page, int64_t block, float* sums, float* factor);
   void weigh(const Page& page, float* accumulators, float* sums, const NextRows& next);
@@ -73,6 +80,7 @@ class DecodeTile {
   const AttendRequest& request_;
   const LayerStore& store_;
   const DecodeKernels& kernels_;
+  Visibility visible_;
   TileSpec spec_;
   int64_t group_, rows_, blocks_;
   int64_t page_begin_, page_end_, open_from_;
@@ -88,6 +96,7 @@ class DecodeTile {
   std::vector<float> final_mass_;              // [block][pages][4]: after promotion
   std::vector<float> lse_;                     // [blocks * 4], of base scores, sinks included
   std::vector<PageRead> reads_;                // [pages][positions]
+  std::vector<float> promote_;                 // [positions]: the policy's, or higher by the cap
   std::vector<AlignedFloats> accumulators_;    // per split, [blocks]
   std::vector<std::vector<float>> sums_;       // per split, [blocks * 4]: of weights
 };

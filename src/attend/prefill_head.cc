@@ -45,6 +45,7 @@ PrefillHead::PrefillHead(const LayerView& view, const AttendRequest& request, in
       request_(request),
       store_(view.store()),
       kernels_(kernels),
+      visible_(view, request),
       kv_head_(kv_head),
       group_(store_.shape.q_heads / store_.shape.kv_heads),
       first_token_(view.length() - request.q.tokens),
@@ -65,10 +66,8 @@ void PrefillHead::make_tile(int64_t index) {
   tile.rows = std::min(kCols, request_.q.tokens * group_ - tile.first_row);
   tile.first_token = first_token_ + tile.first_row / group_;
   tile.last_token = first_token_ + (tile.first_row + tile.rows - 1) / group_;
-  const int64_t window = store_.shape.window;
-  const int64_t visible = window > 0 ? std::max<int64_t>(0, tile.first_token + 1 - window) : 0;
-  tile.page_begin = visible / kPageTokens;
-  tile.page_end = tile.last_token / kPageTokens + 1;
+  tile.page_begin = visible_.begin(tile.first_token) / kPageTokens;
+  tile.page_end = (visible_.end(tile.last_token) - 1) / kPageTokens + 1;
   tile.q = aligned_buffer<float>(dk * kCols);
   tile.q_pairs = aligned_buffer<uint32_t>(dk / 2 * kCols);
   tile.o = aligned_buffer<float>(dv * kCols);
@@ -82,7 +81,7 @@ void PrefillHead::make_tile(int64_t index) {
   std::vector<float> row(static_cast<size_t>(dk));
   for (int64_t c = 0; c < tile.rows; ++c) {
     const int64_t r = tile.first_row + c;
-    const float* q = request_.q.row(r / group_, kv_head_ * group_ + r % group_);
+    const float* q = request_.q.row(r / group_, q_head(r));
     if (store_.layout.k.layered) {
       equalize_rotate_rows(q, dk, 1, dk, eq, true, store_.policy.rotate, row.data(), dk);
     } else {
@@ -152,13 +151,12 @@ void PrefillHead::decode_page(int64_t page, int64_t slot) {
 
 // Hides later tokens and tokens behind the window from each column.
 void PrefillHead::mask(const Tile& tile, int64_t page, float* s) const {
-  const int64_t begin = page * kPageTokens, window = store_.shape.window;
-  const bool behind = window > 0 && begin <= tile.last_token - window;
-  if (begin + kPageTokens - 1 <= tile.first_token && !behind) return;
+  const int64_t begin = page * kPageTokens;
+  const bool behind = begin < visible_.begin(tile.last_token);
+  if (begin + kPageTokens <= visible_.end(tile.first_token) && !behind) return;
   for (int64_t c = 0; c < tile.rows; ++c) {
     const int64_t position = first_token_ + (tile.first_row + c) / group_;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window - begin) : 0;
-    const int64_t end = position + 1 - begin;
+    const int64_t first = visible_.begin(position) - begin, end = visible_.end(position) - begin;
     for (int64_t t = 0; t < kPageTokens; ++t) {
       if (t < first || t >= end) s[t * kCols + c] = kNegInf;
     }
@@ -222,18 +220,18 @@ void PrefillHead::attend_pages(Tile& tile, Scratch& scratch, int64_t slot, int64
 void PrefillHead::write(const Tile& tile) {
   const int64_t dv = store_.layout.v.dim;
   for (int64_t c = 0; c < tile.rows; ++c) {
-    const int64_t r = tile.first_row + c, q_head = kv_head_ * group_ + r % group_;
+    const int64_t r = tile.first_row + c;
     SoftmaxScalar total{tile.m[c], tile.l[c]};
     float scale = 1.0f;
     if (request_.sink_logits != nullptr) {
       const float m = total.m;
-      total.merge({request_.sink_logits[q_head], 1.0f});
+      total.merge({request_.sink_logits[q_head(r)], 1.0f});
       scale = softmax_rescale(m, total.m);
     }
     const float inverse = total.l > 0 ? scale / total.l : 0.0f;
-    float* out = request_.out.row(r / group_, q_head);
+    float* out = request_.out.row(r / group_, q_head(r));
     for (int64_t d = 0; d < dv; ++d) out[d] = tile.o[d * kCols + c] * inverse;
-    if (request_.lse.data) *request_.lse.row(r / group_, q_head) = total.lse();
+    if (request_.lse.data) *request_.lse.row(r / group_, q_head(r)) = total.lse();
   }
 }
 
@@ -264,14 +262,13 @@ void PrefillHead::run(AttendStats* stats) {
 
 // What decode's rule reports of masses does not exist in prefill: nothing is chosen.
 void PrefillHead::add_stats(AttendStats& stats) const {
-  const int64_t window = store_.shape.window;
   for (int64_t i = 0; i < request_.q.tokens; ++i) {
     const int64_t position = first_token_ + i;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+    const int64_t first = visible_.begin(position), end = visible_.end(position);
     RowStats row(stats, store_.layout, store_.policy.promote);
-    for (int64_t page = first / kPageTokens; page * kPageTokens <= position; ++page) {
+    for (int64_t page = first / kPageTokens; page * kPageTokens < end; ++page) {
       const int64_t begin = std::max(first, page * kPageTokens);
-      const int64_t tokens = std::min(position + 1, (page + 1) * kPageTokens) - begin;
+      const int64_t tokens = std::min(end, (page + 1) * kPageTokens) - begin;
       if (!store_.layout.any_layered() || page >= open_from_) {
         row.add_plain(tokens, store_.layout.any_layered());
       } else {

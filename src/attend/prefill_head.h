@@ -13,6 +13,7 @@
 
 #include "base/aligned.h"
 #include "attend/prefill_kernels.h"
+#include "attend/request.h"
 #include "cache/kv_cache_impl.h"
 #include "thriftattn/attention.h"
 
@@ -47,6 +48,8 @@ class PrefillHead {
     Scratch();
   };
 
+  // The layer's query head of a row: the index into q, out, lse and sink_logits.
+  int64_t q_head(int64_t row) const { return store_.model_head(kv_head_) * group_ + row % group_; }
   void make_tile(int64_t index);
   void decode_page(int64_t page, int64_t slot);
   void read_side(const SideLayout& side, int64_t page, float* out) const;
@@ -60,6 +63,7 @@ class PrefillHead {
   const AttendRequest& request_;
   const LayerStore& store_;
   const PrefillKernels& kernels_;
+  Visibility visible_;
   int64_t kv_head_, group_, first_token_, open_from_;
   std::vector<Tile> tiles_;
   AlignedWords k_;        // [pages of a block][64][dim_k / 2]

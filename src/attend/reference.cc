@@ -11,6 +11,7 @@
 #include "cache/page_codec.h"
 #include "formats/row_codec.h"
 #include "precision/budget_rule.h"
+#include "precision/mass_cap.h"
 #include "precision/mass_rule.h"
 
 namespace thriftattn {
@@ -44,6 +45,33 @@ struct PageValues {
   Row mean;                           // page mean or open reference (K); page mean (V)
 };
 
+// The scores of PromoteRule::budget from their definitions; `q` has softmax_scale in it.
+double block_score(BlockScore score, const Row& q, const PageValues& k, int64_t tokens,
+                   int64_t page) {
+  if (score == BlockScore::local) return static_cast<double>(page);
+  double total = 0;
+  for (size_t d = 0; d < q.size(); ++d) {
+    total += q[d] * k.mean[d];
+    if (score == BlockScore::mean) continue;
+    double low = INFINITY, high = -INFINITY, sum = 0, squares = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double x = k.base[static_cast<size_t>(t) * q.size() + d];
+      low = std::min(low, x);
+      high = std::max(high, x);
+      sum += x;
+    }
+    const double mean = sum / static_cast<double>(tokens);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double x = k.base[static_cast<size_t>(t) * q.size() + d] - mean;
+      squares += x * x;
+    }
+    const double variance = squares / static_cast<double>(tokens);
+    total += score == BlockScore::quest ? std::max(q[d] * low, q[d] * high)
+                                        : q[d] * mean + 0.5 * q[d] * q[d] * variance;
+  }
+  return total;
+}
+
 class Reference {
  public:
   Reference(const LayerView& view, const AttendRequest& request, int64_t head)
@@ -58,6 +86,11 @@ class Reference {
   const AttendRequest& request_;
   const LayerStore& store_;
   int64_t head_;
+
+  // The layer's query head of a group's head.
+  int64_t q_head(int64_t g) const {
+    return store_.model_head(head_) * (store_.shape.q_heads / store_.shape.kv_heads) + g;
+  }
 };
 
 PageValues Reference::load(const SideLayout& side, int64_t page, bool open) const {
@@ -117,7 +150,8 @@ void Reference::query(int64_t index) {
   const int64_t group = shape.q_heads / shape.kv_heads;
   const int64_t position = view_.length() - request_.q.tokens + index;
   const int64_t first = shape.window > 0 ? std::max<int64_t>(0, position + 1 - shape.window) : 0;
-  const int64_t first_page = first / kPageTokens, end_page = position / kPageTokens + 1;
+  const int64_t visible = config.causal ? position + 1 : view_.length();
+  const int64_t first_page = first / kPageTokens, end_page = (visible - 1) / kPageTokens + 1;
   const int64_t open_from =
       config.mode == AttendMode::prefill ? view_.committed() / kPageTokens : end_page - 1;
   const size_t pages = static_cast<size_t>(end_page - first_page);
@@ -134,10 +168,10 @@ void Reference::query(int64_t index) {
   // Scores per query head of the group: over base planes, and with the residual.
   std::vector<std::vector<Row>> base(static_cast<size_t>(group), std::vector<Row>(pages));
   std::vector<std::vector<Row>> full = base;
-  std::vector<std::vector<double>> block_mean(static_cast<size_t>(group), Row(pages, 0.0));
+  std::vector<std::vector<double>> known(static_cast<size_t>(group), Row(pages, 0.0));
   std::vector<double> lse(static_cast<size_t>(group)), lse_full(lse);
   for (int64_t g = 0; g < group; ++g) {
-    const float* raw = request_.q.row(index, head_ * group + g);
+    const float* raw = request_.q.row(index, q_head(g));
     const float* eq =
         store_.equalizer.empty() ? nullptr : &store_.equalizer[static_cast<size_t>(head_ * layout.k.dim)];
     const Row q = layout.k.layered
@@ -146,11 +180,18 @@ void Reference::query(int64_t index) {
     for (size_t p = 0; p < pages; ++p) {
       double offset = 0;
       for (size_t d = 0; d < q.size(); ++d) offset += q[d] * k[p].mean[d];
-      block_mean[static_cast<size_t>(g)][p] = offset * config.softmax_scale;
+      if (store_.policy.score != BlockScore::oracle) {
+        Row scaled = q;
+        for (double& x : scaled) x *= config.softmax_scale;
+        const int64_t page = first_page + static_cast<int64_t>(p);
+        known[static_cast<size_t>(g)][p] =
+            block_score(store_.policy.score, scaled, k[p],
+                        std::min(kPageTokens, view_.length() - page * kPageTokens), page);
+      }
       for (int64_t t = 0; t < kPageTokens; ++t) {
         const int64_t token = (first_page + static_cast<int64_t>(p)) * kPageTokens + t;
         double s = -INFINITY, s_full = -INFINITY;
-        if (token >= first && token <= position) {
+        if (token >= first && token < visible) {
           double dot = offset, dot_residual = 0;
           for (size_t d = 0; d < q.size(); ++d) {
             const size_t at = static_cast<size_t>(t) * q.size() + d;
@@ -164,7 +205,7 @@ void Reference::query(int64_t index) {
         full[static_cast<size_t>(g)][p].push_back(s_full);
       }
     }
-    const float* sink = request_.sink_logits ? request_.sink_logits + head_ * group + g : nullptr;
+    const float* sink = request_.sink_logits ? request_.sink_logits + q_head(g) : nullptr;
     lse[static_cast<size_t>(g)] = log_sum_exp(base[static_cast<size_t>(g)], sink);
     lse_full[static_cast<size_t>(g)] = log_sum_exp(full[static_cast<size_t>(g)], nullptr);
   }
@@ -172,7 +213,6 @@ void Reference::query(int64_t index) {
   // How each sealed layered page is read.
   std::vector<PageRead> how(pages, PageRead::base);
   const LayerPolicy& policy = store_.policy;
-  const int64_t visible = position + 1;
   std::vector<PageFacts> facts(pages);
   std::vector<float> score(pages, 0.0f);
   std::vector<uint8_t> candidate(pages, 0), always(pages, 0);
@@ -187,14 +227,29 @@ void Reference::query(int64_t index) {
     always[p] = held && (sinks || recent);
     for (int64_t g = 0; g < group; ++g) {
       const size_t gi = static_cast<size_t>(g);
-      if (policy.score == BlockScore::mean) {
-        score[p] += static_cast<float>(block_mean[gi][p] / static_cast<double>(group));
+      if (policy.score != BlockScore::oracle) {
+        score[p] += static_cast<float>(known[gi][p] / static_cast<double>(group));
       } else {
         score[p] = std::max(score[p], static_cast<float>(page_mass(full[gi][p], lse_full[gi])));
       }
     }
   }
-  const std::vector<uint8_t> chosen = select_by_budget(score, candidate, policy.budget);
+  const std::vector<uint8_t> chosen =
+      select_by_budget(score, candidate, {policy.budget, policy.budget_pages});
+  std::vector<float> masses(pages, 0.0f), promotable;  // promotable: what the cap counts
+  for (size_t p = 0; p < pages; ++p) {
+    double mass = 0;
+    for (int64_t g = 0; g < group; ++g) {
+      const size_t gi = static_cast<size_t>(g);
+      mass = std::max(mass, page_mass(base[gi][p], lse[gi]));
+    }
+    masses[p] = static_cast<float>(mass);
+    if (facts[p].has_residual && !facts[p].forced_full) promotable.push_back(masses[p]);
+  }
+  const float promote =
+      capped_promote(promotable, static_cast<float>(policy.promote),
+                     promotion_cap(policy.max_promoted,
+                                   std::max<int64_t>(0, std::min(open_from, end_page) - first_page)));
   for (size_t p = 0; p < pages; ++p) {
     const int64_t page = first_page + static_cast<int64_t>(p);
     if (page >= open_from || !layout.any_layered()) continue;
@@ -202,17 +257,12 @@ void Reference::query(int64_t index) {
       how[p] = view_.residual(page, head_) ? PageRead::full : PageRead::base;
       continue;
     }
-    double mass = 0;
-    for (int64_t g = 0; g < group; ++g) {
-      const size_t gi = static_cast<size_t>(g);
-      mass = std::max(mass, page_mass(base[gi][p], lse[gi]));
-    }
-    MassRule rule{static_cast<float>(policy.promote), static_cast<float>(policy.skip)};
+    MassRule rule{promote, static_cast<float>(policy.skip)};
     if (policy.rule == PromoteRule::budget) {
       rule.promote = 1.0f;
       facts[p].forced_full |= facts[p].has_residual && (chosen[p] || always[p]);
     }
-    how[p] = read_by_mass(rule, facts[p], static_cast<float>(mass));
+    how[p] = read_by_mass(rule, facts[p], masses[p]);
   }
 
   for (int64_t g = 0; g < group; ++g) {
@@ -221,7 +271,7 @@ void Reference::query(int64_t index) {
     for (size_t p = 0; p < pages; ++p) {
       s[p] = how[p] == PageRead::full && layout.k.layered ? full[gi][p] : base[gi][p];
     }
-    const float* sink = request_.sink_logits ? request_.sink_logits + head_ * group + g : nullptr;
+    const float* sink = request_.sink_logits ? request_.sink_logits + q_head(g) : nullptr;
     const double total = log_sum_exp(s, sink);
     Row out(static_cast<size_t>(layout.v.dim), 0.0);
     for (size_t p = 0; p < pages; ++p) {
@@ -237,19 +287,21 @@ void Reference::query(int64_t index) {
         }
       }
     }
-    float* row = request_.out.row(index, head_ * group + g);
+    float* row = request_.out.row(index, q_head(g));
     for (size_t d = 0; d < out.size(); ++d) row[d] = static_cast<float>(out[d]);
-    if (request_.lse.data) *request_.lse.row(index, head_ * group + g) = static_cast<float>(total);
+    if (request_.lse.data) *request_.lse.row(index, q_head(g)) = static_cast<float>(total);
   }
 }
 
 }  // namespace
 
 void attend_reference(const KvCache& cache, const AttendRequest& request) {
-  const LayerView view = checked_view(cache, request);
-  for (int64_t head = 0; head < view.store().shape.kv_heads; ++head) {
-    Reference reference(view, request, head);
-    for (int64_t i = 0; i < request.q.tokens; ++i) reference.query(i);
+  const auto views = checked_views(cache, std::span(&request, 1));
+  for (const LayerView& view : views.front()) {
+    for (int64_t head = 0; head < view.store().shape.kv_heads; ++head) {
+      Reference reference(view, request, head);
+      for (int64_t i = 0; i < request.q.tokens; ++i) reference.query(i);
+    }
   }
 }
 

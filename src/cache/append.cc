@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/float_convert.h"
+#include "base/tensor_check.h"
 #include "cache/kv_cache_impl.h"
 #include "cache/page_codec.h"
 #include "formats/k_transform.h"
@@ -35,11 +36,12 @@ float format_limit(Format format) {
   }
 }
 
-void check_values(const char* side, int64_t layer, int64_t first_token, Format format,
+void check_values(const char* side, const LayerStore& store, int64_t first_token, Format format,
                   TensorView<const float> x) {
   const float limit = format_limit(format);
   for (int64_t t = 0; t < x.tokens; ++t) {
-    for (int64_t h = 0; h < x.heads; ++h) {
+    for (int64_t local = 0; local < store.shape.kv_heads; ++local) {
+      const int64_t h = store.model_head(local);
       const float* row = x.row(t, h);
       float worst = 0;
       bool finite = true;
@@ -53,24 +55,15 @@ void check_values(const char* side, int64_t layer, int64_t first_token, Format f
                   fmt::format("{} of layer {}, KV head {}, token {} holds NaN, Inf or a value beyond "
                               "{}'s range (largest magnitude {}); the step was not stored: check "
                               "the model's weights",
-                              side, layer, h, first_token + t, to_string(format), worst));
+                              side, store.layer, h, first_token + t, to_string(format), worst));
     }
-  }
-}
-
-void check_shape(const char* side, const TensorView<const float>& x, int64_t tokens,
-                 int64_t heads, int64_t dim) {
-  if (x.data == nullptr || x.tokens != tokens || x.heads != heads || x.head_dim != dim) {
-    throw Error(ErrorCode::invalid_argument,
-                fmt::format("append: {} is [{}][{}][{}]{}, this step and layer need [{}][{}][{}]",
-                            side, x.tokens, x.heads, x.head_dim,
-                            x.data == nullptr ? " at a null pointer" : "", tokens, heads, dim));
   }
 }
 
 // One KV head of the tokens [t0, t1) of one page.
 struct Segment {
-  int64_t head;
+  int64_t head;        // within the store
+  int64_t model_head;  // within the layer: k and v
   int64_t page_token;  // position of the first token in its page
   int64_t step_token;  // position of the first token in the step
   int64_t tokens;
@@ -82,7 +75,7 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
     const int64_t dim = store.layout.k.dim;
     const float* eq = store.equalizer.empty() ? nullptr : &store.equalizer[s.head * dim];
     std::vector<float> x(static_cast<size_t>(s.tokens * dim));
-    equalize_rotate_rows(k.row(s.step_token, s.head), k.token_stride, s.tokens, dim, eq, false,
+    equalize_rotate_rows(k.row(s.step_token, s.model_head), k.token_stride, s.tokens, dim, eq, false,
                          store.policy.rotate, x.data(), dim);
     const uint16_t* ref = &open.k_reference[static_cast<size_t>(s.head * dim)];
     uint16_t* out = &open.k[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
@@ -96,7 +89,7 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
     const int64_t dim = store.layout.v.dim;
     uint16_t* out = &open.v[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
     for (int64_t t = 0; t < s.tokens; ++t) {
-      const float* row = v.row(s.step_token + t, s.head);
+      const float* row = v.row(s.step_token + t, s.model_head);
       for (int64_t d = 0; d < dim; ++d) out[t * dim + d] = f32_to_bf16(row[d]);
     }
   }
@@ -104,7 +97,7 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
 
 void store_plain(const SideLayout& side, const Segment& s, TensorView<const float> x,
                  uint8_t* head) {
-  encode_rows(side.format, x.row(s.step_token, s.head), s.tokens, side.dim, x.token_stride,
+  encode_rows(side.format, x.row(s.step_token, s.model_head), s.tokens, side.dim, x.token_stride,
               head + side.rows + s.page_token * side.row_bytes, side.row_bytes);
 }
 
@@ -146,18 +139,27 @@ uint8_t* KvCache::Impl::writable_page(LayerStore& store, LayerSequence& seq, int
 
 void KvCache::Impl::append(Sequence& seq, int64_t layer, TensorView<const float> k,
                            TensorView<const float> v) {
-  LayerStore& store = layers[static_cast<size_t>(layer)];
-  LayerSequence& state = seq.layers[static_cast<size_t>(layer)];
-  const PageLayout& layout = store.layout;
-  if (state.staged > 0) {
+  const LayerShape& shape = config.layers[static_cast<size_t>(layer)];
+  const std::vector<size_t> stores = stores_of(layer);
+  for (const size_t s : stores) {
+    if (seq.layers[s].staged == 0) continue;
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("append: layer {} already has this step's tokens", layer));
   }
-  check_shape("k", k, seq.step_tokens, layout.kv_heads, layout.k.dim);
-  check_shape("v", v, seq.step_tokens, layout.kv_heads, layout.v.dim);
-  check_values("K", layer, seq.length, layout.k.format, k);
-  check_values("V", layer, seq.length, layout.v.format, v);
+  check_view("append", named("k", k), {seq.step_tokens, shape.kv_heads, shape.head_dim_k});
+  check_view("append", named("v", v), {seq.step_tokens, shape.kv_heads, shape.head_dim_v});
+  for (const size_t s : stores) {
+    check_values("K", layers[s], seq.length, layers[s].layout.k.format, k);
+    check_values("V", layers[s], seq.length, layers[s].layout.v.format, v);
+  }
+  for (const size_t s : stores) stage(seq, s, k, v);
+}
 
+void KvCache::Impl::stage(Sequence& seq, size_t index, TensorView<const float> k,
+                          TensorView<const float> v) {
+  LayerStore& store = layers[index];
+  LayerSequence& state = seq.layers[index];
+  const PageLayout& layout = store.layout;
   const int64_t end = seq.length + seq.step_tokens;
   for (int64_t begin = seq.length; begin < end;) {
     const int64_t page = begin / kPageTokens;
@@ -179,7 +181,7 @@ void KvCache::Impl::append(Sequence& seq, int64_t layer, TensorView<const float>
       }
     }
     tbb::parallel_for(int64_t{0}, layout.kv_heads, [&](int64_t h) {
-      const Segment s{h, begin % kPageTokens, begin - seq.length, page_end - begin};
+      const Segment s{h, store.model_head(h), begin % kPageTokens, begin - seq.length, page_end - begin};
       if (open) stage_layered(store, s, k, v, *open);
       if (!layout.k.layered) store_plain(layout.k, s, k, slot + h * layout.head_bytes);
       if (!layout.v.layered) store_plain(layout.v, s, v, slot + h * layout.head_bytes);

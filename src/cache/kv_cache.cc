@@ -10,6 +10,7 @@
 #include "base/float_convert.h"
 #include "cache/kv_cache_impl.h"
 #include "cache/page_codec.h"
+#include "formats/format_info.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn {
@@ -17,6 +18,31 @@ namespace {
 
 [[noreturn]] void fail(const std::string& message) {
   throw Error(ErrorCode::invalid_argument, message);
+}
+
+// Values that resolve() never gives, but a hand-made policy may.
+void check_layer_policy(const LayerPolicy& p, int64_t layer) {
+  const auto refuse = [&](const char* name, auto value, const char* accepted) {
+    fail(fmt::format("the policy of layer {} has {} = {}; accepted is {}", layer, name, value,
+                     accepted));
+  };
+  for (const Format format : {p.k_format, p.v_format}) {
+    if (static_cast<size_t>(format) >= kFormats.size()) {
+      refuse("a format", static_cast<int>(format), "a value of enum Format");
+    }
+  }
+  if (!(p.promote >= 0 && p.promote <= 1)) refuse("promote", p.promote, "0 to 1");
+  if (!(p.skip >= 0 && p.skip <= 1)) refuse("skip", p.skip, "0 to 1");
+  if (!(p.max_promoted >= 0 && p.max_promoted <= 1)) refuse("max", p.max_promoted, "0 to 1");
+  if (!(p.budget >= 0 && p.budget <= 1)) refuse("budget", p.budget, "0 to 1");
+  constexpr int64_t kMaxTokens = int64_t{1} << 40;
+  for (const auto& [name, value] : {std::pair{"sinks", p.sinks}, {"recent", p.recent},
+                                    {"pages", p.budget_pages}}) {
+    if (value < 0 || value > kMaxTokens) refuse(name, value, "0 to 2^40");
+  }
+  if (!p.heads.empty()) {
+    fail(fmt::format("the policy of one KV head of layer {} has policies of heads itself", layer));
+  }
 }
 
 void check_equalizer(const Equalizer& eq, const std::vector<LayerShape>& layers) {
@@ -49,19 +75,72 @@ KvCache::Impl::Impl(KvCacheConfig c) : config(std::move(c)), budget(config.max_b
     fail(fmt::format("{} layers, but {} layer policies; use resolve() with the model's layers",
                      config.layers.size(), config.policy.size()));
   }
+  for (const LayerShape& shape : config.layers) check_layer_shape(shape);
   check_equalizer(config.equalizer, config.layers);
-  layers.reserve(config.layers.size());
+  if (config.max_bytes < 0) {
+    fail(fmt::format("max_bytes = {}; it is a number of bytes, or 0 for no limit", config.max_bytes));
+  }
   for (size_t l = 0; l < config.layers.size(); ++l) {
-    const PageLayout layout = make_page_layout(config.layers[l], config.policy[l]);
-    std::vector<float> eq;
-    if (!config.equalizer.layers.empty() && config.policy[l].equalize && layout.k.layered) {
-      eq = config.equalizer.layers[l];
+    first_store.push_back(layers.size());
+    add_stores(l);
+  }
+  first_store.push_back(layers.size());
+}
+
+void KvCache::Impl::add_stores(size_t l) {
+  const LayerShape& shape = config.layers[l];
+  const LayerPolicy& policy = config.policy[l];
+  if (!policy.heads.empty() && static_cast<int64_t>(policy.heads.size()) != shape.kv_heads) {
+    fail(fmt::format("layer {} has {} KV heads, its policy {}; use resolve() with the model's "
+                     "kv_heads",
+                     l, shape.kv_heads, policy.heads.size()));
+  }
+  // Heads of equal policies share a store, by first appearance.
+  std::vector<std::vector<int64_t>> groups;
+  for (int64_t h = 0; h < (policy.heads.empty() ? 1 : shape.kv_heads); ++h) {
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
+      return policy.of_head(group.front()) == policy.of_head(h);
+    });
+    if (same == groups.end()) {
+      groups.push_back({h});
+    } else {
+      same->push_back(h);
     }
-    layers.push_back({config.layers[l], config.policy[l], layout, std::move(eq),
+  }
+  for (const std::vector<int64_t>& group : groups) {
+    const LayerPolicy& own = policy.of_head(group.front());
+    check_layer_policy(own, static_cast<int64_t>(l));
+    LayerShape part = shape;
+    std::vector<int64_t> heads;
+    if (groups.size() > 1) {
+      heads = group;
+      part.kv_heads = static_cast<int64_t>(group.size());
+      part.q_heads = shape.q_heads / shape.kv_heads * part.kv_heads;
+    }
+    const PageLayout layout = make_page_layout(part, own);
+    std::vector<float> eq;
+    if (!config.equalizer.layers.empty() && own.equalize && layout.k.layered) {
+      const std::vector<float>& all = config.equalizer.layers[l];
+      for (int64_t h = 0; h < part.kv_heads && !all.empty(); ++h) {
+        const int64_t from = (heads.empty() ? h : heads[static_cast<size_t>(h)]) * shape.head_dim_k;
+        eq.insert(eq.end(), all.begin() + from, all.begin() + from + shape.head_dim_k);
+      }
+    }
+    layers.push_back({static_cast<int64_t>(l), part, own, layout, std::move(eq), std::move(heads),
                       SlotPool("a KV page", layout.slot_bytes, &budget, config.poison_free),
                       SlotPool("a residual plane", layout.residual_bytes, &budget,
                                config.poison_free)});
+    layers.back().policy.heads.clear();
   }
+}
+
+std::vector<size_t> KvCache::Impl::stores_of(int64_t layer) const {
+  std::vector<size_t> stores;
+  for (size_t s = first_store[static_cast<size_t>(layer)];
+       s < first_store[static_cast<size_t>(layer) + 1]; ++s) {
+    stores.push_back(s);
+  }
+  return stores;
 }
 
 Sequence& KvCache::Impl::sequence(SequenceId id) {
@@ -203,7 +282,7 @@ void KvCache::Impl::truncate(Sequence& seq, int64_t length) {
         throw Error(ErrorCode::unsupported,
                     fmt::format("truncate to {}: layer {} has a sliding window of {} and page {} "
                                 "behind it is freed; fork the sequence before it goes on instead",
-                                length, l, window, j));
+                                length, layers[l].layer, window, j));
       }
     }
   }
@@ -320,8 +399,9 @@ void KvCache::append(SequenceId id, int64_t layer, TensorView<const float> k,
                      TensorView<const float> v) {
   Sequence& seq = impl_->sequence(id);
   if (seq.step_tokens == 0) fail("append: no step is open; call begin_step first");
-  if (layer < 0 || layer >= static_cast<int64_t>(impl_->layers.size())) {
-    fail(fmt::format("append: layer {} is not in 0..{}", layer, impl_->layers.size() - 1));
+  const auto layers = static_cast<int64_t>(impl_->config.layers.size());
+  if (layer < 0 || layer >= layers) {
+    fail(fmt::format("append: layer {} is not in 0..{}", layer, layers - 1));
   }
   impl_->append(seq, layer, k, v);
 }
@@ -336,7 +416,7 @@ void KvCache::commit(SequenceId id, int64_t n) {
   }
   for (size_t l = 0; l < seq.layers.size(); ++l) {
     if (seq.layers[l].staged != seq.step_tokens) {
-      fail(fmt::format("commit: layer {} was not appended in this step", l));
+      fail(fmt::format("commit: layer {} was not appended in this step", impl_->layers[l].layer));
     }
   }
   impl_->settle(seq, seq.length + n);

@@ -17,17 +17,24 @@ struct KvCache::Impl {
 
   KvCacheConfig config;
   ByteBudget budget;
+  // One store a layer, in order; several for a layer whose KV heads have different policies.
   std::vector<LayerStore> layers;
+  std::vector<size_t> first_store;  // of each layer, and one past the last store
   std::unordered_map<SequenceId, Sequence> sequences;
   SequenceId next_id = 1;
   int64_t reencoded_pages = 0;
   mutable ScratchPool scratch;  // of attend(), which may run beside itself
+
+  void add_stores(size_t layer);
+  // Indices into `layers` and into Sequence::layers.
+  std::vector<size_t> stores_of(int64_t layer) const;
 
   Sequence& sequence(SequenceId id);
   const Sequence& sequence(SequenceId id) const;
 
   // Transforms, checks and stages tokens; seals pages that become full (append.cc).
   void append(Sequence& seq, int64_t layer, TensorView<const float> k, TensorView<const float> v);
+  void stage(Sequence& seq, size_t store, TensorView<const float> k, TensorView<const float> v);
   // Makes `length` tokens the committed content and forgets every later one.
   void settle(Sequence& seq, int64_t length);
   // Frees what the policy no longer keeps once `length` tokens are committed.

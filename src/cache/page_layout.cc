@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "formats/format_info.h"
 #include "formats/nvfp4.h"
 #include "formats/row_codec.h"
 #include "thriftattn/error.h"
@@ -15,33 +16,60 @@ constexpr int64_t kPlaneAlignment = 64;
 
 int64_t aligned(int64_t n) { return (n + kPlaneAlignment - 1) / kPlaneAlignment * kPlaneAlignment; }
 
+// Above any model; sums of slot sizes cannot overflow.
+constexpr int64_t kMaxHeads = int64_t{1} << 16;
+constexpr int64_t kMaxWindow = int64_t{1} << 40;
+
 void check_dim(const char* name, int64_t dim) {
   if (dim < 32 || dim > 256 || dim % 16 != 0) {
     throw Error(ErrorCode::unsupported,
-                fmt::format("{} = {}: supported are multiples of 16 from 32 to 256", name, dim));
+                fmt::format("{} = {}; required: {}; supported: multiples of 16 from 32 to 256; "
+                            "missing: pages of other widths",
+                            name, dim, dim));
   }
 }
 
-void check_row_format(const char* name, Format format, int64_t dim) {
-  if ((format == Format::q8_0 || format == Format::q4_0) && dim % 32 != 0) {
-    throw Error(ErrorCode::unsupported,
-                fmt::format("{} format {} needs a head_dim that is a multiple of 32, got {}", name,
-                            to_string(format), dim));
+// Of the formats, those with wider groups than the 16 elements that check_dim() asks for.
+void check_group(const char* side, Format format, int64_t dim) {
+  const int64_t multiple = format_info(format).dim_multiple;
+  if (dim % multiple == 0) return;
+  std::string supported;
+  for (const FormatInfo& other : kFormats) {
+    if (dim % other.dim_multiple != 0) continue;
+    supported += fmt::format("{}{}", supported.empty() ? "" : ", ", other.name);
   }
+  throw Error(ErrorCode::unsupported,
+              fmt::format("{} in {} with head_dim_{} = {}; required: a multiple of {}, its group; "
+                          "supported at {}: {}; missing: groups that are cut short",
+                          side, to_string(format), side[0] == 'K' ? 'k' : 'v', dim, multiple, dim,
+                          supported));
 }
 
 }  // namespace
 
-PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) {
+void check_layer_shape(const LayerShape& shape) {
   if (shape.kv_heads < 1 || shape.q_heads < 1 || shape.q_heads % shape.kv_heads != 0) {
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("q_heads = {} must be a positive multiple of kv_heads = {}",
                             shape.q_heads, shape.kv_heads));
   }
+  if (shape.q_heads > kMaxHeads) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("q_heads = {}: supported are at most {}", shape.q_heads, kMaxHeads));
+  }
+  if (shape.window < 0 || shape.window > kMaxWindow) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("window = {}: it is 1 to {} tokens, or 0 for none", shape.window,
+                            kMaxWindow));
+  }
   check_dim("head_dim_k", shape.head_dim_k);
   check_dim("head_dim_v", shape.head_dim_v);
-  check_row_format("K", policy.k_format, shape.head_dim_k);
-  check_row_format("V", policy.v_format, shape.head_dim_v);
+}
+
+PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) {
+  check_layer_shape(shape);
+  check_group("K", policy.k_format, shape.head_dim_k);
+  check_group("V", policy.v_format, shape.head_dim_v);
 
   PageLayout layout;
   layout.kv_heads = shape.kv_heads;

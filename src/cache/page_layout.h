@@ -45,7 +45,9 @@ struct PageLayout {
   bool any_plain() const { return !k.layered || !v.layered; }
 };
 
-// Throws Error(unsupported / invalid_argument) for shapes that no page can hold.
+// Throws Error(unsupported / invalid_argument) for shapes that no page can hold, whatever the
+// policy; make_page_layout() also for what the policy's formats cannot.
+void check_layer_shape(const LayerShape& shape);
 PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy);
 
 }  // namespace thriftattn

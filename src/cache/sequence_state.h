@@ -36,13 +36,21 @@ struct LayerSequence {
 
 inline constexpr int32_t kNoPage = -1;
 
+// The KV heads of one layer that share a policy: all of them, unless the policy has rules by
+// head. Heads are counted within the store; model_head() says which of the layer's they are.
 struct LayerStore {
-  LayerShape shape;
+  int64_t layer = 0;
+  LayerShape shape;  // kv_heads and q_heads of this store
   LayerPolicy policy;
   PageLayout layout;
   std::vector<float> equalizer;  // [kv_heads][head_dim_k], empty = 1
+  std::vector<int64_t> heads;    // the layer's KV heads, empty = all
   SlotPool pages;
   SlotPool residuals;
+
+  int64_t model_head(int64_t kv_head) const {
+    return heads.empty() ? kv_head : heads[static_cast<size_t>(kv_head)];
+  }
 };
 
 struct Sequence {

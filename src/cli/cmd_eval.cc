@@ -63,8 +63,8 @@ void eval(const EvalArgs& args) {
   const Policy reference = policy_from_option("--reference", args.reference);
   const ThreadLimit threads(args.model.threads);
   const OpenedModel opened = open_model(args.model.path);
-  for (const Policy& policy : policies) resolve(policy, policy_context(opened.config));
   const int64_t context = checked_context(args.context, opened.config);
+  for (const Policy& policy : policies) resolve(policy, policy_context(opened.config, context));
   std::vector<int32_t> tokens = opened.tokenizer->encode(read_text(args.file));
   const auto have = static_cast<int64_t>(tokens.size());
   if (have < context) {

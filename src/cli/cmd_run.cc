@@ -159,8 +159,8 @@ void run(const RunArgs& args, bool policy_given) {
   const Policy policy = policy_of(args, policy_given);
   const ThreadLimit threads(args.model.threads);
   const OpenedModel opened = open_model(args.model.path);
-  const auto resolved = resolve(policy, policy_context(opened.config));
   const int64_t context = checked_context(args.context, opened.config);
+  const auto resolved = resolve(policy, policy_context(opened.config, context));
   ChatForm form{};
   const std::vector<int32_t> tokens = prompt_tokens(opened, args, form);
   if (tokens.empty()) throw UsageError("the prompt has no tokens: give some text");

@@ -27,8 +27,11 @@ struct CloseFile {
 
 bool wants_equalizer(const Policy& policy, const ModelConfig& config) {
   const auto layers = resolve(policy, policy_context(config));
-  return std::any_of(layers.begin(), layers.end(), [](const LayerPolicy& layer) {
-    return is_layered(layer.k_format) && layer.equalize;
+  const auto equalized = [](const LayerPolicy& p) {
+    return is_layered(p.k_format) && p.equalize;
+  };
+  return std::any_of(layers.begin(), layers.end(), [&](const LayerPolicy& layer) {
+    return equalized(layer) || std::any_of(layer.heads.begin(), layer.heads.end(), equalized);
   });
 }
 

@@ -26,8 +26,10 @@ std::vector<Plane> planes(const CacheUsage& u) {
 }
 
 bool has_layered(const RunReport& r) {
-  return std::any_of(r.layers.begin(), r.layers.end(),
-                     [](const LayerPolicy& p) { return is_layered(p.k_format); });
+  const auto layered = [](const LayerPolicy& p) { return is_layered(p.k_format); };
+  return std::any_of(r.layers.begin(), r.layers.end(), [&](const LayerPolicy& layer) {
+    return layered(layer) || std::any_of(layer.heads.begin(), layer.heads.end(), layered);
+  });
 }
 
 double per_head(double sum, const AttendStats& a) {
@@ -56,9 +58,13 @@ std::string guarantee_text(const RunReport& r) {
       mass(per_head(a.sum_mass_skipped, a)));
   if (a.wanted_mass > 0) {
     text += fmt::format(
-        "; {} of it lay in pages whose residual is dropped, so the bound on promotion does not "
+        "; {} of it lay in pages whose residual is dropped{}, so the bound on promotion does not "
         "hold there",
-        mass(per_head(a.wanted_mass, a)));
+        mass(per_head(a.wanted_mass, a)), a.rows_capped > 0 ? " or that the cap leaves out" : "");
+  }
+  if (a.rows_capped > 0) {
+    text += fmt::format("; the cap (max) raised the threshold of {:.1f} % of the queries and heads",
+                        100 * a.capped_fraction());
   }
   return text;
 }
@@ -141,7 +147,8 @@ std::string run_report_json(const RunReport& r) {
         {"mean_mass_skipped", if_decoded(per_head(a.sum_mass_skipped, a))},
         {"mean_final_mass_4bit", if_decoded(per_head(a.final_mass_4bit, a))},
         {"mean_final_mass_skipped", if_decoded(per_head(a.final_mass_skipped, a))},
-        {"mean_wanted_mass", if_decoded(per_head(a.wanted_mass, a))}}},
+        {"mean_wanted_mass", if_decoded(per_head(a.wanted_mass, a))},
+        {"capped_fraction", if_decoded(a.capped_fraction())}}},
   };
   // A model can emit bytes that are not UTF-8.
   return all.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";

@@ -292,9 +292,13 @@ std::vector<LayerShape> layer_shapes(const ModelConfig& config) {
   return shapes;
 }
 
-PolicyContext policy_context(const ModelConfig& config) {
-  PolicyContext context{.layers = config.layer_count(), .sliding_window = {}};
-  for (const LayerConfig& layer : config.layers) context.sliding_window.push_back(layer.window > 0);
+PolicyContext policy_context(const ModelConfig& config, int64_t context_tokens) {
+  PolicyContext context{.layers = config.layer_count(),
+                        .context_tokens = context_tokens > 0 ? context_tokens : config.context};
+  for (const LayerConfig& layer : config.layers) {
+    context.sliding_window.push_back(layer.window > 0);
+    context.kv_heads.push_back(layer.kv_heads);
+  }
   return context;
 }
 

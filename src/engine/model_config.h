@@ -70,6 +70,7 @@ ModelConfig read_model_config(const GgufFile& file);
 
 // The same facts in the forms that the cache and the policy ask for.
 std::vector<LayerShape> layer_shapes(const ModelConfig& config);
-PolicyContext policy_context(const ModelConfig& config);
+// `context_tokens`: what per cent in a policy is of; 0 = the model's own context.
+PolicyContext policy_context(const ModelConfig& config, int64_t context_tokens = 0);
 
 }  // namespace thriftattn

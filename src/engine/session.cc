@@ -26,7 +26,7 @@ Session::Session(std::shared_ptr<const Model> model, const Policy& policy, Sessi
   }
   cache_ =
       std::make_shared<KvCache>(KvCacheConfig{.layers = layer_shapes(config),
-                                              .policy = resolve(policy, policy_context(config)),
+                                              .policy = resolve(policy, policy_context(config, options_.context)),
                                               .equalizer = std::move(options_.equalizer),
                                               .max_bytes = options_.max_kv_bytes});
   options_.equalizer = {};  // the cache has it now

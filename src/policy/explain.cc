@@ -1,6 +1,8 @@
 // Says in words what a resolved policy does, one line for each group of equal layers.
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "policy/fields.h"
 #include "thriftattn/policy.h"
 
@@ -58,6 +60,22 @@ std::string how_stored(const LayerPolicy& p) {
   return text;
 }
 
+std::string_view score_words(BlockScore score) {
+  switch (score) {
+    case BlockScore::mean:
+      return "block mean score";
+    case BlockScore::oracle:
+      return "true mass (oracle)";
+    case BlockScore::quest:
+      return "bound on q.k (quest; reads all of K for it)";
+    case BlockScore::variance:
+      return "mean and variance of K (reads all of K for it)";
+    case BlockScore::local:
+      return "place: the newest";
+  }
+  return "invalid";
+}
+
 // Reads of nvfp4 pages.
 std::string how_read(const LayerPolicy& p) {
   std::string text;
@@ -67,9 +85,11 @@ std::string how_read(const LayerPolicy& p) {
         "(mass above {} is reported as wanted)",
         p.sinks, p.recent, p.promote);
   } else if (p.rule == PromoteRule::budget) {
-    text += fmt::format("; residual kept, read for the {:.6g} % of the pages with the best {}",
-                        100 * p.budget,
-                        p.score == BlockScore::mean ? "block mean score" : "true mass (oracle)");
+    const std::string which = p.budget_pages > 0
+                                  ? fmt::format("{} pages", p.budget_pages)
+                                  : fmt::format("{:.6g} % of the pages", 100 * p.budget);
+    text += fmt::format("; residual kept, read for the {} with the best {}", which,
+                        score_words(p.score));
     if (p.sinks > 0 || p.recent > 0) {
       text += fmt::format(" and for the first {} and the last {} tokens", p.sinks, p.recent);
     }
@@ -77,6 +97,9 @@ std::string how_read(const LayerPolicy& p) {
     text += "; residual kept but never read in decode (promote=1)";
   } else {
     text += fmt::format("; residual kept, read for pages of attention mass above {}", p.promote);
+    if (p.max_promoted < 1) {
+      text += fmt::format(", at most {:.6g} % of a query's pages", 100 * p.max_promoted);
+    }
   }
   if (p.residency == Residency::device && p.rule == PromoteRule::mass &&
       (p.sinks > 0 || p.recent > 0)) {
@@ -91,8 +114,8 @@ std::string how_read(const LayerPolicy& p) {
 }
 
 // "layers 0-4, 6-10", from sorted indices.
-std::string layer_list(const std::vector<size_t>& layers) {
-  std::string text = layers.size() == 1 ? "layer " : "layers ";
+std::string index_list(std::string_view noun, const std::vector<size_t>& layers) {
+  std::string text = fmt::format("{}{} ", noun, layers.size() == 1 ? "" : "s");
   for (size_t i = 0; i < layers.size();) {
     size_t j = i;
     while (j + 1 < layers.size() && layers[j + 1] == layers[j] + 1) ++j;
@@ -103,27 +126,40 @@ std::string layer_list(const std::vector<size_t>& layers) {
   return text;
 }
 
+// Indices of equal policies, by first appearance.
+std::vector<std::vector<size_t>> groups_of_equals(const std::vector<LayerPolicy>& policies) {
+  std::vector<std::vector<size_t>> groups;
+  for (size_t i = 0; i < policies.size(); ++i) {
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
+      return policies[group.front()] == policies[i];
+    });
+    if (same == groups.end()) {
+      groups.push_back({i});
+    } else {
+      same->push_back(i);
+    }
+  }
+  return groups;
+}
+
 }  // namespace
 
 std::string explain(const std::vector<LayerPolicy>& layers) {
-  std::vector<std::vector<size_t>> groups;  // of equal layers, by first appearance
-  for (size_t l = 0; l < layers.size(); ++l) {
-    bool placed = false;
-    for (auto& group : groups) {
-      placed = layers[group.front()] == layers[l];
-      if (placed) {
-        group.push_back(l);
-        break;
-      }
-    }
-    if (!placed) groups.push_back({l});
-  }
   std::string text;
-  for (const auto& group : groups) {
-    const LayerPolicy& p = layers[group.front()];
+  const auto add = [&](const std::string& where, const LayerPolicy& p) {
     const bool adaptive = p.k_format == Format::nvfp4 || p.v_format == Format::nvfp4;
-    text +=
-        fmt::format("{}: {}{}\n", layer_list(group), how_stored(p), adaptive ? how_read(p) : "");
+    text += fmt::format("{}: {}{}\n", where, how_stored(p), adaptive ? how_read(p) : "");
+  };
+  for (const auto& group : groups_of_equals(layers)) {
+    const LayerPolicy& p = layers[group.front()];
+    const std::string where = index_list("layer", group);
+    if (p.heads.empty()) {
+      add(where, p);
+      continue;
+    }
+    for (const auto& heads : groups_of_equals(p.heads)) {
+      add(where + ", " + index_list("KV head", heads), p.heads[heads.front()]);
+    }
   }
   return text;
 }

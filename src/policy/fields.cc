@@ -45,6 +45,9 @@ constexpr std::array kRules = {
 constexpr std::array kScores = {
     Named<BlockScore>{"mean", BlockScore::mean},
     Named<BlockScore>{"oracle", BlockScore::oracle},
+    Named<BlockScore>{"quest", BlockScore::quest},
+    Named<BlockScore>{"variance", BlockScore::variance},
+    Named<BlockScore>{"local", BlockScore::local},
 };
 constexpr std::array kResidencies = {
     Named<Residency>{"device", Residency::device},
@@ -62,7 +65,9 @@ constexpr std::array kFields = {
     PolicyField{"rule", &PolicyRule::rule},
     PolicyField{"promote", &PolicyRule::promote},
     PolicyField{"skip", &PolicyRule::skip},
+    PolicyField{"max", &PolicyRule::max_promoted},
     PolicyField{"budget", &PolicyRule::budget},
+    PolicyField{"pages", &PolicyRule::budget_pages},
     PolicyField{"score", &PolicyRule::score},
     PolicyField{"residency", &PolicyRule::residency},
     PolicyField{"sinks", &PolicyRule::sinks},
@@ -117,10 +122,34 @@ void check_range(std::string_view name, double value) {
   }
 }
 
+std::string accepted_pages() {
+  return fmt::format("accepted are whole numbers of pages from 1 to {}", kMaxTokens / 64);
+}
+
+std::string accepted_tokens() {
+  return fmt::format("accepted are whole numbers of tokens from 0 to {}, or a share of the context "
+                     "such as '5%'",
+                     kMaxTokens);
+}
+
 void check_range(std::string_view name, int64_t value) {
-  if (value < 0 || value > kMaxTokens) {
-    fail(fmt::format("{} = {}: accepted are whole numbers of tokens from 0 to {}", name, value,
-                     kMaxTokens));
+  if (value < 1 || value > kMaxTokens / 64) {
+    fail(fmt::format("{} = {}: {}", name, value, accepted_pages()));
+  }
+}
+
+void check_range(std::string_view name, const TokenCount& value) {
+  if (!(value.percent >= 0 && value.percent <= 100)) {  // NaN fails too
+    fail(fmt::format("{} = {}%: {}", name, value.percent, accepted_tokens()));
+  }
+  if (value.tokens < 0 || value.tokens > kMaxTokens) {
+    fail(fmt::format("{} = {}: {}", name, value.tokens, accepted_tokens()));
+  }
+}
+
+void check_one_budget(const PolicyRule& rule) {
+  if (rule.budget && rule.budget_pages) {
+    fail("budget and pages are both given for the same layers: choose a fraction or a number");
   }
 }
 
@@ -133,17 +162,34 @@ double from_json(std::string_view name, const json& value, double*) {
   return number;
 }
 
+bool fits_count(const json& value) {
+  return value.is_number_integer() && (!value.is_number_unsigned() ||
+                                       value.get<uint64_t>() <= static_cast<uint64_t>(kMaxTokens));
+}
+
 int64_t from_json(std::string_view name, const json& value, int64_t*) {
-  const bool fits =
-      value.is_number_integer() &&
-      (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(kMaxTokens));
-  if (!fits) {
-    fail(fmt::format("{} = {}: accepted are whole numbers of tokens from 0 to {}", name,
-                     given(value), kMaxTokens));
-  }
+  if (!fits_count(value)) fail(fmt::format("{} = {}: {}", name, given(value), accepted_pages()));
   const auto number = value.get<int64_t>();
   check_range(name, number);
   return number;
+}
+
+TokenCount from_json(std::string_view name, const json& value, TokenCount*) {
+  TokenCount count;
+  if (fits_count(value)) {
+    count.tokens = value.get<int64_t>();
+  } else {
+    const std::string text = value.is_string() ? value.get<std::string>() : "";
+    double percent = 0;
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, percent);
+    if (error != std::errc() || stop + 1 != end || *stop != '%') {
+      fail(fmt::format("{} = {}: {}", name, given(value), accepted_tokens()));
+    }
+    count.percent = percent;
+  }
+  check_range(name, count);
+  return count;
 }
 
 bool from_json(std::string_view name, const json& value, bool*) {
@@ -175,6 +221,7 @@ json json_from_text(const PolicyField& field, std::string_view text) {
   };
   if (std::holds_alternative<RuleMember<double>>(field.member)) return parse(double{});
   if (std::holds_alternative<RuleMember<int64_t>>(field.member)) return parse(int64_t{});
+  if (std::holds_alternative<RuleMember<TokenCount>>(field.member)) return parse(int64_t{});
   if (std::holds_alternative<RuleMember<bool>>(field.member)) {
     if (text == "true") return true;
     if (text == "false") return false;
@@ -207,6 +254,7 @@ void set_one(PolicyRule& rule, const PolicyField& field, const json& value) {
         rule.*member = from_json(field.name, value, static_cast<T*>(nullptr));
       },
       field.member);
+  check_one_budget(rule);
 }
 
 std::optional<int64_t> layer_number(std::string_view text) {
@@ -259,6 +307,10 @@ nlohmann::json field_to_json(const PolicyField& field, const PolicyRule& rule) {
       [&]<typename T>(RuleMember<T> member) -> nlohmann::json {
         if constexpr (std::is_enum_v<T>) {
           return std::string(name_of((rule.*member).value()));
+        } else if constexpr (std::is_same_v<T, TokenCount>) {
+          const TokenCount& count = (rule.*member).value();
+          if (count.percent > 0) return fmt::format("{}%", count.percent);
+          return count.tokens;
         } else {
           return (rule.*member).value();
         }
@@ -282,6 +334,7 @@ void check_ranges(const PolicyRule& rule) {
         },
         field.member);
   }
+  check_one_budget(rule);
 }
 
 LayerSelector selector_from_text(std::string_view text) {
@@ -290,7 +343,8 @@ LayerSelector selector_from_text(std::string_view text) {
     constexpr std::array<std::string_view, 4> kWords = {"first:N", "last:N", "sliding_window", "*"};
     fail(
         fmt::format("cannot read {} as a selection of layers: accepted are '*', a layer '7', a "
-                    "range '0-3', 'first:2', 'last:2' and 'sliding_window'{}",
+                    "range '0-3', 'first:2', 'last:2' and 'sliding_window', each with ':head:1' or "
+                    "':head:0-3' behind it for some KV heads{}",
                     quote(text), did_you_mean(text, kWords)));
   };
   if (text == "*") return {};
@@ -328,6 +382,44 @@ std::string to_string(const LayerSelector& selector) {
       return "sliding_window";
   }
   return "invalid";
+}
+
+HeadSelector heads_from_text(std::string_view text) {
+  const size_t dash = text.find('-');
+  const auto begin = layer_number(text.substr(0, dash));
+  const auto last = dash == std::string_view::npos ? begin : layer_number(text.substr(dash + 1));
+  if (!begin || !last) {
+    fail(fmt::format("cannot read {} as a selection of KV heads: accepted are a head '1' and a "
+                     "range '0-3'",
+                     quote(text)));
+  }
+  if (*last < *begin) {
+    fail(fmt::format("KV heads {} run backwards: write '{}-{}'", quote(text), *last, *begin));
+  }
+  return {.begin = *begin, .end = *last + 1};
+}
+
+std::string to_string(const HeadSelector& selector) {
+  return selector.end == selector.begin + 1
+             ? fmt::format("{}", selector.begin)
+             : fmt::format("{}-{}", selector.begin, selector.end - 1);
+}
+
+std::string selection_of(const PolicyRule& rule) {
+  if (rule.heads.all()) return to_string(rule.layers);
+  const std::string heads = "head:" + to_string(rule.heads);
+  return rule.layers == LayerSelector{} ? heads : to_string(rule.layers) + ":" + heads;
+}
+
+void select_from_text(std::string_view text, PolicyRule& rule) {
+  constexpr std::string_view kWord = "head:";
+  const size_t at = text.find(kWord);
+  if (at == std::string_view::npos || (at > 0 && text[at - 1] != ':')) {
+    rule.layers = selector_from_text(text);
+    return;
+  }
+  if (at > 0) rule.layers = selector_from_text(trimmed(text.substr(0, at - 1)));
+  rule.heads = heads_from_text(trimmed(text.substr(at + kWord.size())));
 }
 
 }  // namespace thriftattn

@@ -18,7 +18,8 @@ using RuleMember = std::optional<T> PolicyRule::*;
 struct PolicyField {
   std::string_view name;
   std::variant<RuleMember<Format>, RuleMember<PromoteRule>, RuleMember<BlockScore>,
-               RuleMember<Residency>, RuleMember<double>, RuleMember<int64_t>, RuleMember<bool>>
+               RuleMember<Residency>, RuleMember<double>, RuleMember<int64_t>, RuleMember<TokenCount>,
+               RuleMember<bool>>
       member;
 
   bool is_set(const PolicyRule& rule) const;
@@ -41,6 +42,14 @@ Format format_from_text(std::string_view text);  // parse_format, or an Error
 // "*", "7", "0-3", "first:2", "last:2", "sliding_window".
 LayerSelector selector_from_text(std::string_view text);
 std::string to_string(const LayerSelector& selector);
+
+// "3", "0-3": KV heads, as they stand after "head:".
+HeadSelector heads_from_text(std::string_view text);
+std::string to_string(const HeadSelector& selector);  // not for all heads
+
+// "0-3", "0-3:head:1", "head:1": what a rule applies to.
+std::string selection_of(const PolicyRule& rule);
+void select_from_text(std::string_view text, PolicyRule& rule);
 
 std::string_view to_string(PromoteRule rule);
 std::string_view to_string(BlockScore score);

@@ -24,12 +24,13 @@ constexpr size_t kMaxText = size_t{1} << 20;
   throw Error(ErrorCode::invalid_argument, message);
 }
 
-// "SELECTOR:FORMAT" or "SELECTOR:KEY=VALUE"; the selector itself may hold a colon ("first:2").
+// "SELECTOR:FORMAT" or "SELECTOR:KEY=VALUE"; the selector itself may hold colons ("first:2",
+// "2:head:1").
 PolicyRule parse_selected(std::string_view item) {
   const size_t equals = item.find('=');
   const size_t colon = item.substr(0, equals).rfind(':');
   PolicyRule rule;
-  rule.layers = selector_from_text(trimmed(item.substr(0, colon)));
+  select_from_text(trimmed(item.substr(0, colon)), rule);
   const std::string_view setting = item.substr(colon + 1);
   if (equals == std::string_view::npos) {
     rule.k_format = rule.v_format = format_from_text(trimmed(setting));

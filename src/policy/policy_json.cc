@@ -64,13 +64,16 @@ PolicyRule rule_from_json(const json& object) {
   }
   PolicyRule rule;
   for (const auto& [key, value] : object.items()) {
-    if (key != "layers") {
+    const bool selects = key == "layers" || key == "heads";
+    if (!selects) {
       set_field(rule, key, value);
-    } else if (value.is_string()) {
+    } else if (!value.is_string()) {
+      fail(fmt::format("\"{}\" is {} and must be a string such as \"0-3\" or \"{}\"", key,
+                       value.type_name(), key == "layers" ? "first:2" : "1"));
+    } else if (key == "layers") {
       rule.layers = selector_from_text(value.get<std::string>());
-    } else {
-      fail(fmt::format("\"layers\" is {} and must be a string such as \"0-3\" or \"first:2\"",
-                       value.type_name()));
+    } else if (value.get<std::string>() != "*") {
+      rule.heads = heads_from_text(value.get<std::string>());
     }
   }
   return rule;
@@ -141,6 +144,7 @@ std::string policy_to_json(const Policy& policy) {
   for (const PolicyRule& rule : policy.rules) {
     check_ranges(rule);
     std::string object = fmt::format("\"layers\":\"{}\"", to_string(rule.layers));
+    if (!rule.heads.all()) object += fmt::format(",\"heads\":\"{}\"", to_string(rule.heads));
     const bool one_format = rule.k_format && rule.k_format == rule.v_format;
     if (one_format) object += fmt::format(",\"format\":\"{}\"", to_string(*rule.k_format));
     for (const PolicyField& field : policy_fields()) {

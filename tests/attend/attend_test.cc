@@ -7,40 +7,12 @@
 #include <cmath>
 #include <string>
 
-#include "support/attention_case.h"
-#include "thriftattn/error.h"
+#include "attend/attend_test_util.h"
 
 namespace thriftattn {
 namespace {
 
 using namespace testing;
-
-constexpr double kTight = 2e-5;
-
-LayerPolicy budget_policy(double fraction, BlockScore score) {
-  LayerPolicy p = layered_policy(1.0, 0.0);
-  p.rule = PromoteRule::budget;
-  p.budget = fraction;
-  p.score = score;
-  return p;
-}
-
-LayerPolicy mixed(Format k, Format v, LayerPolicy base = layered_policy(0.03, 0.0)) {
-  base.k_format = k;
-  base.v_format = v;
-  return base;
-}
-
-void expect_matches_reference(const CaseOptions& options, const std::string& what) {
-  AttentionCase c(options);
-  std::vector<float> lse, lse_ref;
-  const auto out = c.attend(nullptr, &lse);
-  const auto ref = c.attend_reference(&lse_ref);
-  EXPECT_LT(row_error(out, ref, options.shape.head_dim_v), kTight) << what;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    EXPECT_NEAR(lse[i], lse_ref[i], 1e-4 + 2e-6 * std::fabs(lse_ref[i])) << what;
-  }
-}
 
 TEST(Attend, MatchesReferenceOverPoliciesAndLengths) {
   const std::pair<const char*, LayerPolicy> policies[] = {

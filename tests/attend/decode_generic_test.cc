@@ -24,7 +24,7 @@ std::vector<float> decode(AttentionCase& c, int64_t queries, std::vector<float>&
   AttendRequest request = c.request(out);
   lse.assign(static_cast<size_t>(queries * request.q.heads), 0.0f);
   request.lse = TensorView<float>::dense(lse.data(), queries, request.q.heads, 1);
-  const LayerView view = checked_view(c.cache(), request);
+  const LayerView view = checked_views(c.cache(), {&request, 1}).front().front();
   ScratchPool scratch;
   for (int64_t head = 0; head < view.store().shape.kv_heads; ++head) {
     for (int64_t i = 0; i < queries; ++i) {

@@ -83,6 +83,42 @@ TEST(Inline, ASettingForSomeLayers) {
   EXPECT_EQ(layers[2].recent, 0);
 }
 
+TEST(Inline, KvHeads) {
+  const Policy policy = parse_policy("balanced,2:head:1:bf16,head:0-2:promote=0.1,first:2:head:3:k=fp8");
+  ASSERT_EQ(policy.rules.size(), 4u);
+  EXPECT_EQ(policy.rules[1].layers, (LayerSelector{LayerSelector::Kind::range, 2, 3}));
+  EXPECT_EQ(policy.rules[1].heads, (HeadSelector{1, 2}));
+  EXPECT_EQ(policy.rules[2].layers, LayerSelector{});
+  EXPECT_EQ(policy.rules[2].heads, (HeadSelector{0, 3}));
+  EXPECT_EQ(policy.rules[3].layers.kind, LayerSelector::Kind::first);
+  EXPECT_EQ(policy.rules[3].heads, (HeadSelector{3, 4}));
+  EXPECT_EQ(parse_policy("*:head:1:bf16").rules, parse_policy("head:1:bf16").rules);
+  EXPECT_THAT(parse_error("head:x:bf16"), HasSubstr("cannot read 'x' as a selection of KV heads"));
+  EXPECT_THAT(parse_error("head:bf16"), HasSubstr("selection of layers"));
+  EXPECT_THAT(parse_error("2:head:bf16"), HasSubstr("selection of layers"));
+  EXPECT_THAT(parse_error("head:3-1:bf16"), HasSubstr("write '1-3'"));
+  EXPECT_THAT(parse_error("head:1:2:bf16"), HasSubstr("KV heads"));
+  EXPECT_THAT(parse_error("head:-1:bf16"), HasSubstr("KV heads"));
+  EXPECT_THAT(parse_error("ahead:1:bf16"), HasSubstr("selection of layers"));
+}
+
+TEST(Inline, CapCountsAndPerCent) {
+  const auto layers = resolve(parse_policy("thrifty,sinks=1%,recent=2.5%"),
+                              {.layers = 2, .context_tokens = 10'000});
+  EXPECT_EQ(layers[0].sinks, 100);
+  EXPECT_EQ(layers[0].recent, 250);
+  EXPECT_EQ(layers_of("balanced,max=0.1")[0].max_promoted, 0.1);
+  EXPECT_EQ(layers_of("paper-budget,pages=16,score=quest")[0].budget_pages, 16);
+  EXPECT_THAT(parse_error("thrifty,recent=5%%"), HasSubstr("share of the context"));
+  EXPECT_THAT(parse_error("thrifty,recent=%"), HasSubstr("share of the context"));
+  EXPECT_THAT(parse_error("thrifty,recent=-5%"), HasSubstr("recent = -5%"));
+  EXPECT_THAT(parse_error("thrifty,recent=inf%"), HasSubstr("recent = inf%"));
+  EXPECT_THAT(parse_error("paper-budget,pages=1.5"), HasSubstr("whole numbers of pages"));
+  EXPECT_THAT(parse_error("paper-budget,budget=0.1,pages=2"), HasSubstr("both given"));
+  EXPECT_THAT(parse_error("balanced,max=1.5"), HasSubstr("max = 1.5"));
+  EXPECT_THAT(parse_error("paper-budget,score=quests"), HasSubstr("did you mean 'quest'?"));
+}
+
 TEST(Inline, LaterRulesWin) {
   EXPECT_EQ(layers_of("balanced,0-3:fp8,0:bf16")[0].k_format, Format::bf16);
   EXPECT_EQ(layers_of("balanced,0:bf16,0-3:fp8")[0].k_format, Format::fp8_e4m3);
@@ -193,8 +229,12 @@ TEST(Documentation, EveryExampleWorks) {
       json.clear();
     } else if (in_policies) {
       const std::string text = line.substr(0, line.find("  "));
-      EXPECT_NO_THROW(layers_of(text, 36)) << text;
-      EXPECT_NO_THROW(layers_of(text, 36, sliding)) << text;
+      PolicyContext model{.layers = 36,
+                          .kv_heads = std::vector<int64_t>(36, 8),
+                          .context_tokens = 131072};
+      EXPECT_NO_THROW(resolve(parse_policy(text), model)) << text;
+      model.sliding_window = sliding;
+      EXPECT_NO_THROW(resolve(parse_policy(text), model)) << text;
       EXPECT_EQ(parse_policy(policy_to_json(parse_policy(text))), parse_policy(text)) << text;
       ++examples;
     } else if (in_json) {

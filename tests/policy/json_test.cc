@@ -45,6 +45,35 @@ TEST(Json, EveryField) {
   EXPECT_EQ(policy.rules, std::vector<PolicyRule>{rule});
 }
 
+TEST(Json, HeadsCapCountsAndPerCent) {
+  const Policy policy = parse_policy(R"({"name": "all", "rules": [{
+      "layers": "first:2", "heads": "1-2", "max": 0.1, "pages": 16, "score": "variance",
+      "sinks": "0.5%", "recent": "10%"}, {"heads": "*", "format": "fp8"}]})");
+  PolicyRule rule;
+  rule.layers = {.kind = LayerSelector::Kind::first, .end = 2};
+  rule.heads = {.begin = 1, .end = 3};
+  rule.max_promoted = 0.1;
+  rule.budget_pages = 16;
+  rule.score = BlockScore::variance;
+  rule.sinks = TokenCount::of_context(0.5);
+  rule.recent = TokenCount::of_context(10);
+  ASSERT_EQ(policy.rules.size(), 2u);
+  EXPECT_EQ(policy.rules[0], rule);
+  EXPECT_TRUE(policy.rules[1].heads.all());
+  EXPECT_EQ(policy_to_json({.name = "x", .rules = {rule}}),
+            R"({"name":"x","rules":[{"layers":"first:2","heads":"1-2","max":0.1,"pages":16,)"
+            R"("score":"variance","sinks":"0.5%","recent":"10%"}]})");
+  EXPECT_THAT(parse_error(R"({"rules": [{"heads": 1}]})"), HasSubstr("\"heads\" is number"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"heads": "head:1"}]})"), HasSubstr("selection of KV heads"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"heads": "2-1"}]})"), HasSubstr("write '1-2'"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"budget": 0.1, "pages": 3}]})"), HasSubstr("both given"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"sinks": "5"}]})"), HasSubstr("such as '5%'"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"sinks": "101%"}]})"), HasSubstr("sinks = 101%"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"sinks": "nan%"}]})"), HasSubstr("share of the context"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"pages": 0}]})"), HasSubstr("pages from 1"));
+  EXPECT_THAT(parse_error(R"({"rules": [{"pages": "5%"}]})"), HasSubstr("numbers of pages"));
+}
+
 TEST(Json, TheTextThatIsWritten) {
   EXPECT_EQ(policy_to_json(parse_policy("balanced,0-1:k=fp8")),
             R"({"name":"balanced,0-1:k=fp8","rules":[{"layers":"*","format":"nvfp4",)"
@@ -95,6 +124,10 @@ PolicyRule random_rule(std::mt19937& random) {
   std::uniform_real_distribution<double> fraction(0.0, 1.0);
   using Kind = LayerSelector::Kind;
   PolicyRule rule;
+  if (random() % 3 == 0) {
+    rule.heads.begin = static_cast<int64_t>(random() % 9);
+    rule.heads.end = rule.heads.begin + 1 + static_cast<int64_t>(random() % 3);
+  }
   switch (random() % 5) {
     case 0:
       break;
@@ -117,11 +150,17 @@ PolicyRule random_rule(std::mt19937& random) {
   if (chance()) rule.rule = static_cast<PromoteRule>(random() % 2);
   if (chance()) rule.promote = fraction(random);
   if (chance()) rule.skip = fraction(random);
-  if (chance()) rule.budget = chance() ? 1.0 : 5e-324;
-  if (chance()) rule.score = static_cast<BlockScore>(random() % 2);
+  if (chance()) rule.max_promoted = fraction(random);
+  if (chance()) {
+    rule.budget = chance() ? 1.0 : 5e-324;
+  } else if (chance()) {
+    rule.budget_pages = 1 + static_cast<int64_t>(random() % 1000);
+  }
+  if (chance()) rule.score = static_cast<BlockScore>(random() % 5);
   if (chance()) rule.residency = static_cast<Residency>(random() % 2);
   if (chance()) rule.sinks = static_cast<int64_t>(random());
   if (chance()) rule.recent = static_cast<int64_t>(random());
+  if (chance()) rule.recent = TokenCount::of_context(100 * (1 - fraction(random)));
   if (chance()) rule.rotate = chance();
   if (chance()) rule.center = chance();
   if (chance()) rule.equalize = chance();

@@ -169,6 +169,102 @@ TEST(Resolve, Budget) {
   EXPECT_EQ(layers_of("paper-budget,rule=mass,promote=0.1")[0].budget, 0.0);
 }
 
+PolicyContext with_heads(int64_t heads) {
+  return {.layers = 4, .kv_heads = std::vector<int64_t>(4, heads), .context_tokens = 32768};
+}
+
+TEST(Resolve, RulesByHead) {
+  const auto layers = resolve(parse_policy("balanced,2:head:1:bf16,head:0:promote=0.1"), with_heads(3));
+  ASSERT_EQ(layers[0].heads.size(), 3u);
+  EXPECT_EQ(layers[0].heads[0].promote, 0.1);
+  EXPECT_EQ(layers[0].heads[1].promote, 0.02);
+  EXPECT_EQ(layers[0].heads[2], layers[0].heads[1]);
+  // The layer's own fields are those of most heads.
+  EXPECT_EQ(layers[0].promote, 0.02);
+  EXPECT_EQ(layers[0].k_format, Format::nvfp4);
+  EXPECT_EQ(layers[2].heads[1].k_format, Format::bf16);
+  EXPECT_EQ(layers[2].heads[1].promote, 1.0);
+  EXPECT_EQ(layers[2].heads[2].k_format, Format::nvfp4);
+  EXPECT_EQ(&layers[2].of_head(1), &layers[2].heads[1]);
+  EXPECT_EQ(&layers[1].of_head(1), &layers[1].heads[1]);
+  // Rules that end in equal heads leave no trace.
+  EXPECT_EQ(resolve(parse_policy("balanced,head:0-2:promote=0.1"), with_heads(3)),
+            layers_of("balanced,promote=0.1"));
+  EXPECT_EQ(resolve(parse_policy("balanced"), with_heads(3)), layers_of("balanced"));
+  // Later rules win, whatever they select.
+  EXPECT_EQ(resolve(parse_policy("balanced,head:0:fp8,first:1:bf16"), with_heads(2))[0].heads.size(), 0u);
+  EXPECT_EQ(resolve(parse_policy("exact,1:head:1:nvfp4"), with_heads(2))[1].heads[1].k_format,
+            Format::nvfp4);
+}
+
+TEST(Resolve, HeadsOfSlidingWindowLayers) {
+  PolicyContext context = with_heads(2);
+  context.sliding_window = kAlternating;
+  const auto layers = resolve(parse_policy("thrifty,sliding_window:head:1:nvfp4"), context);
+  EXPECT_EQ(layers[0].heads[0].k_format, Format::nvfp4x2);
+  EXPECT_EQ(layers[0].heads[1], layers[1]);
+  EXPECT_TRUE(layers[1].heads.empty());
+}
+
+TEST(Resolve, HeadsThatDoNotExistOrAreUnknown) {
+  const auto refuse = [](const char* text, const PolicyContext& context,
+                         ErrorCode code = ErrorCode::invalid_argument) {
+    return error_of([&] { resolve(parse_policy(text), context); }, code);
+  };
+  EXPECT_THAT(refuse("balanced,head:2:bf16", with_heads(2)),
+              HasSubstr("KV heads 'head:2' do not exist in layer 0: it has 2, 0 to 1"));
+  EXPECT_THAT(refuse("balanced,3:head:1-9:bf16", with_heads(8)), HasSubstr("'3:head:1-9'"));
+  EXPECT_THAT(refuse("balanced,head:0:bf16", {.layers = 4}, ErrorCode::unsupported),
+              HasSubstr("missing: PolicyContext::kv_heads"));
+  EXPECT_THAT(refuse("balanced", {.layers = 4, .kv_heads = {1, 2}}), HasSubstr("2 entries for 4"));
+  EXPECT_THAT(refuse("balanced", with_heads(0)), HasSubstr("layer 0 has 0 KV heads"));
+  EXPECT_THAT(refuse("balanced,head:0:skip=0.5", with_heads(2)),
+              HasSubstr("layer 0, KV head 0: skip = 0.5"));
+  EXPECT_THAT(refuse("exact,head:1:promote=0.5", with_heads(2)), HasSubstr("'head:1'"));
+  EXPECT_THAT(refuse("balanced,head:1:v=nvfp4x2", with_heads(2), ErrorCode::unsupported),
+              HasSubstr("KV head 1: K in nvfp4 and V in nvfp4x2"));
+  Policy policy = preset("balanced");
+  policy.rules.push_back({.heads = {.begin = 1, .end = 1}});
+  EXPECT_THAT(error_of([&] { resolve(policy, with_heads(2)); }), HasSubstr("do not exist"));
+}
+
+TEST(Resolve, PerCentOfTheContext) {
+  const auto sealed = [](const char* text, int64_t context) {
+    return resolve(parse_policy(text), {.layers = 1, .context_tokens = context})[0];
+  };
+  EXPECT_EQ(sealed("thrifty,recent=10%", 131072).recent, 13108);  // rounded up
+  EXPECT_EQ(sealed("thrifty,sinks=0%", 131072).sinks, 0);
+  EXPECT_EQ(sealed("thrifty,sinks=100%", 1000).sinks, 1000);
+  EXPECT_EQ(sealed("thrifty,sinks=1%,0:sinks=7", 1000).sinks, 7);
+  EXPECT_THAT(resolve_error("thrifty,recent=10%", ErrorCode::unsupported),
+              HasSubstr("recent = 10%; required: the tokens of the context"));
+  EXPECT_THAT(error_of([] { resolve(preset("thrifty"), {.layers = 1, .context_tokens = -1}); }),
+              HasSubstr("context_tokens = -1"));
+}
+
+TEST(Resolve, CapAndCounts) {
+  EXPECT_EQ(layers_of("balanced,max=0.2")[0].max_promoted, 0.2);
+  EXPECT_EQ(layers_of("balanced,max=0.2,0:fp8")[0].max_promoted, 1.0);
+  EXPECT_THAT(resolve_error("thrifty,max=0.2"), HasSubstr("a sealed layer promotes no page"));
+  EXPECT_THAT(resolve_error("paper-budget,max=0.2"), HasSubstr("rule=mass"));
+  EXPECT_THAT(resolve_error("exact,max=0.2"), HasSubstr("it acts on nvfp4"));
+  EXPECT_THAT(resolve_error("balanced,pages=4"), HasSubstr("rule=budget"));
+  // Of a fraction and a number, the later counts.
+  EXPECT_EQ(layers_of("paper-budget,pages=4")[0].budget, 0.0);
+  EXPECT_EQ(layers_of("paper-budget,pages=4")[0].budget_pages, 4);
+  EXPECT_EQ(layers_of("paper-budget,pages=4,0:budget=0.3")[0].budget_pages, 0);
+  EXPECT_EQ(layers_of("paper-budget,pages=4,0:budget=0.3")[0].budget, 0.3);
+  EXPECT_EQ(layers_of("balanced,rule=budget,pages=4")[0].budget_pages, 4);
+  PolicyRule both;
+  both.budget = 0.1;
+  both.budget_pages = 2;
+  EXPECT_THAT(error_of([&] { resolve({.name = "x", .rules = {both}}, {.layers = 1}); }),
+              HasSubstr("both given"));
+  // Only the mean needs K's page means.
+  EXPECT_NO_THROW(layers_of("paper-budget,k=bf16,score=quest"));
+  EXPECT_NO_THROW(layers_of("paper-budget,center=false,score=local"));
+}
+
 TEST(Resolve, SkippingNeedsTheMeanOfV) {
   EXPECT_THAT(resolve_error("balanced,center=false", ErrorCode::unsupported),
               HasSubstr("set skip=0"));
@@ -186,6 +282,18 @@ TEST(Explain, GroupsEqualLayers) {
   EXPECT_THAT(text, HasSubstr("read for pages of attention mass above 0.02"));
   EXPECT_THAT(text, HasSubstr("V codes not read for pages of mass up to 0.0003\n"));
   EXPECT_THAT(explain(layers_of("balanced,1:fp8", 4)), HasSubstr("layers 0, 2-3: "));
+}
+
+TEST(Explain, HeadsCapsAndCounts) {
+  const std::string text =
+      explain(resolve(parse_policy("balanced,1:head:1:bf16,max=0.1"), with_heads(3)));
+  EXPECT_THAT(text, HasSubstr("layers 0, 2-3: K and V NVFP4"));
+  EXPECT_THAT(text, HasSubstr("layer 1, KV heads 0, 2: K and V NVFP4"));
+  EXPECT_THAT(text, HasSubstr("layer 1, KV head 1: K and V BF16\n"));
+  EXPECT_THAT(text, HasSubstr("above 0.02, at most 10 % of a query's pages"));
+  EXPECT_THAT(explain(layers_of("paper-budget,pages=16,score=local")),
+              HasSubstr("read for the 16 pages with the best place: the newest"));
+  EXPECT_THAT(explain(layers_of("paper-budget,score=quest")), HasSubstr("quest"));
 }
 
 TEST(Explain, SaysWhatHasNoEffect) {

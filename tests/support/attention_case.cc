@@ -99,7 +99,8 @@ AttendRequest AttentionCase::request(std::vector<float>& out) const {
   r.config = {.mode = options_.mode,
               .math = options_.math,
               .softmax_scale = softmax_scale(),
-              .softcap = options_.softcap};
+              .softcap = options_.softcap,
+              .causal = options_.causal};
   r.q = q_view();
   r.out = TensorView<float>::dense(out.data(), options_.queries, s.q_heads, s.head_dim_v);
   r.sink_logits = sinks_.empty() ? nullptr : sinks_.data();
@@ -129,6 +130,19 @@ std::vector<float> AttentionCase::attend_reference(std::vector<float>* lse) {
   return out;
 }
 
+AttendRequest rows_of(const AttendRequest& r, int64_t first, int64_t n) {
+  const auto cut = [&](auto view) {
+    if (view.data != nullptr) view.data += first * view.token_stride;
+    view.tokens = n;
+    return view;
+  };
+  AttendRequest part = r;
+  part.q = cut(r.q);
+  part.out = cut(r.out);
+  part.lse = cut(r.lse);
+  return part;
+}
+
 std::vector<float> AttentionCase::exact() const {
   const auto& s = options_.shape;
   const int64_t group = s.q_heads / s.kv_heads;
@@ -137,11 +151,12 @@ std::vector<float> AttentionCase::exact() const {
   for (int64_t i = 0; i < options_.queries; ++i) {
     const int64_t position = options_.length + i;
     const int64_t first = s.window > 0 ? std::max<int64_t>(0, position + 1 - s.window) : 0;
+    const int64_t end = options_.causal ? position + 1 : total();
     for (int64_t h = 0; h < s.q_heads; ++h) {
       const float* q = &q_[static_cast<size_t>((i * s.q_heads + h) * s.head_dim_k)];
       std::vector<double> score, o(static_cast<size_t>(s.head_dim_v), 0.0);
       double top = sinks_.empty() ? -1e300 : sinks_[static_cast<size_t>(h)];
-      for (int64_t t = first; t <= position; ++t) {
+      for (int64_t t = first; t < end; ++t) {
         const float* k = &k_[static_cast<size_t>((t * s.kv_heads + h / group) * s.head_dim_k)];
         double dot = 0;
         for (int64_t d = 0; d < s.head_dim_k; ++d) dot += static_cast<double>(q[d]) * k[d];
@@ -152,7 +167,7 @@ std::vector<float> AttentionCase::exact() const {
       }
       double l = sinks_.empty() ? 0.0 : std::exp(sinks_[static_cast<size_t>(h)] - top);
       for (double x : score) l += std::exp(x - top);
-      for (int64_t t = first; t <= position; ++t) {
+      for (int64_t t = first; t < end; ++t) {
         const float* v = &v_[static_cast<size_t>((t * s.kv_heads + h / group) * s.head_dim_v)];
         const double p = std::exp(score[static_cast<size_t>(t - first)] - top) / l;
         for (int64_t d = 0; d < s.head_dim_v; ++d) o[static_cast<size_t>(d)] += p * v[d];

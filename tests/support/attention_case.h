@@ -28,6 +28,7 @@ struct CaseOptions {
   // Queries that are BF16 numbers, and a softmax scale that is a power of two: what BF16 arithmetic
   // takes without rounding.
   bool bf16_queries = false;
+  bool causal = true;
   uint32_t seed = 1;
 };
 
@@ -59,6 +60,9 @@ class AttentionCase {
   KvCache cache_;
   SequenceId sequence_ = 0;
 };
+
+// The rows [first, first + n) of a request: q, out and lse.
+AttendRequest rows_of(const AttendRequest& r, int64_t first, int64_t n);
 
 // max over rows of ||a - b|| / ||b||; NaN anywhere gives infinity.
 double row_error(const std::vector<float>& a, const std::vector<float>& b, int64_t row);

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include "formats/nvfp4.h"
+#include "formats/plane_codec.h"
 #include "formats/row_codec.h"
 #include "thriftattn/error.h"
 
@@ -22,11 +23,14 @@ void check_dim(const char* name, int64_t dim) {
   }
 }
 
-void check_row_format(const char* name, Format format, int64_t dim) {
-  if ((format == Format::q8_0 || format == Format::q4_0) && dim % 32 != 0) {
-    throw Error(ErrorCode::unsupported,
-                fmt::format("{} format {} needs a head_dim that is a multiple of 32, got {}", name,
-                            to_string(format), dim));
+void check_format(const char* name, Format format, int64_t dim) {
+  const FormatInfo& info = format_info(format);
+  if (dim % info.dim_multiple != 0) {
+    throw Error(
+        ErrorCode::unsupported,
+        fmt::format("{} format {} needs a head_dim that is a multiple of {}, got {}; choose "
+                    "one with smaller groups, such as nvfp4",
+                    name, info.name, info.dim_multiple, dim));
   }
 }
 
@@ -40,8 +44,8 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
   }
   check_dim("head_dim_k", shape.head_dim_k);
   check_dim("head_dim_v", shape.head_dim_v);
-  check_row_format("K", policy.k_format, shape.head_dim_k);
-  check_row_format("V", policy.v_format, shape.head_dim_v);
+  check_format("K", policy.k_format, shape.head_dim_k);
+  check_format("V", policy.v_format, shape.head_dim_v);
 
   PageLayout layout;
   layout.kv_heads = shape.kv_heads;
@@ -52,8 +56,8 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
     side.layered = is_layered(format);
     side.dim = dim;
     if (side.layered) {
-      const int64_t codes_bytes = nvfp4_codes_bytes(dim);
-      const int64_t scales_bytes = nvfp4_scales_bytes(dim);
+      const int64_t codes_bytes = plane_codes_bytes(format, dim);
+      const int64_t scales_bytes = plane_scales_bytes(format, dim);
       side.codes = at;
       at = aligned(at + codes_bytes);
       side.scales = at;
@@ -61,11 +65,11 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
       side.mean = at;
       at = aligned(at + 2 * dim);
       side.res_codes = res_at;
-      res_at = aligned(res_at + codes_bytes);
+      res_at = aligned(res_at + nvfp4_codes_bytes(dim));
       side.res_scales = res_at;
-      res_at = aligned(res_at + scales_bytes);
+      res_at = aligned(res_at + nvfp4_scales_bytes(dim));
       side.base_bytes = codes_bytes + scales_bytes;
-      side.residual_bytes = side.base_bytes;
+      side.residual_bytes = nvfp4_codes_bytes(dim) + nvfp4_scales_bytes(dim);
       layout.base_bytes += side.base_bytes;
     } else {
       side.row_bytes = row_bytes(format, dim);
@@ -76,6 +80,8 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
   };
   place(layout.k, policy.k_format, shape.head_dim_k);
   place(layout.v, policy.v_format, shape.head_dim_v);
+  layout.k.rotated = layout.k.layered && policy.rotate;
+  layout.v.rotated = format_info(policy.v_format).rotate_v && policy.rotate;
   if (layout.any_layered()) {
     layout.meta = at;
     at = aligned(at + static_cast<int64_t>(sizeof(PageMeta)));

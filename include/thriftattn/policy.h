@@ -18,17 +18,27 @@ enum class Format : uint8_t {
   f32,
   bf16,
   fp16,
-  fp8_e4m3,  // one FP32 scale per token and head
-  q8_0,      // ggml's block: 32 x int8, FP16 scale
-  q4_0,      // ggml's block: 32 x int4, FP16 scale
-  nvfp4,     // layered page; base plane, residual plane by residency
-  nvfp4x2,   // layered page; base and residual always read
+  fp8_e4m3,  // FP8 and FP6: one FP32 scale per token and head
+  fp8_e5m2,
+  fp6_e3m2,
+  fp6_e2m3,
+  q8_0,     // ggml's block: 32 x int8, FP16 scale
+  q4_0,     // ggml's block: 32 x int4, FP16 scale
+  nvfp4,    // layered page; base plane, residual plane by residency
+  nvfp4x2,  // layered page; base and residual always read
+  mxfp4,    // layered as nvfp4, with an MXFP4 base plane
+  int3,     // layered as nvfp4, with a 3-bit base plane
 };
 
 // Whether pages of this format have planes (base, residual, summary) and an open page.
-constexpr bool is_layered(Format f) { return f == Format::nvfp4 || f == Format::nvfp4x2; }
+constexpr bool is_layered(Format f) {
+  return f == Format::nvfp4 || f == Format::nvfp4x2 || f == Format::mxfp4 || f == Format::int3;
+}
 
-// Where the residual plane of a sealed nvfp4 page lives.
+// Layered formats whose residual is kept and read as the policy says; nvfp4x2 always does both.
+constexpr bool is_promotable(Format f) { return is_layered(f) && f != Format::nvfp4x2; }
+
+// Where the residual plane of a sealed page of a promotable format lives.
 enum class Residency : uint8_t {
   device,   // kept: any query may promote the page
   dropped,  // freed when the page leaves `recent`; the first `sinks` tokens keep theirs
@@ -65,7 +75,7 @@ struct LayerPolicy {
   Residency residency = Residency::device;
   int64_t sinks = 0;   // tokens at the start whose residual is never dropped
   int64_t recent = 0;  // tokens at the end whose residual is never dropped
-  bool rotate = true;  // K only, layered formats: Hadamard rotation
+  bool rotate = true;  // Hadamard rotation of K in layered formats, and of V in int3
   bool center = true;  // layered formats: subtract the page mean (K and V)
   bool equalize = true;  // K only, layered formats: apply the model's equaliser if there is one
   // Where KV heads differ: one policy each (without `heads` of their own). The fields above are
@@ -143,7 +153,8 @@ struct PolicyContext {
   int64_t context_tokens = 0;        // of the longest sequence; 0 = unknown: no per cent
 };
 
-// One LayerPolicy per layer (with one for each KV head where they differ). Sliding-window layers of a layered policy default to nvfp4x2
+// One LayerPolicy per layer (with one for each KV head where they differ). Promotable formats of
+// sliding-window layers default to nvfp4x2
 // (before explicit `sliding_window` rules). Throws Error naming what is wrong.
 std::vector<LayerPolicy> resolve(const Policy& policy, const PolicyContext& context);
 

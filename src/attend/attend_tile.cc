@@ -113,7 +113,7 @@ void AttendTile::load_queries() {
     for (int64_t g = 0; g < group_; ++g) {
       const float* q = request_.q.row(spec_.first_query + i, q_head(g));
       if (store_.layout.k.layered) {
-        equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.policy.rotate, row.data(), dim);
+        equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.layout.k.rotated, row.data(), dim);
       } else {
         std::copy_n(q, dim, row.data());
       }
@@ -469,6 +469,8 @@ void AttendTile::finish(AttendStats* stats) {
       softmax_merge(total, o.data(), {state.m[static_cast<size_t>(r)], state.l[static_cast<size_t>(r)]},
                     state.o.get() + r * dim, dim);
     }
+    // Back to V's own basis, once: H is linear, so what was summed in its basis needs no more.
+    if (store_.layout.v.rotated) hadamard_rows(o.data(), 1, dim, dim);
     const float inverse = total.l > 0 ? 1.0f / total.l : 0.0f;
     float* out = request_.out.row(spec_.first_query + i, q_head(g));
     for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;

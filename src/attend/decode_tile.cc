@@ -6,13 +6,16 @@
 
 #include "attend/read_stats.h"
 #include "cache/page_codec.h"
+#include "formats/format_info.h"
 #include "formats/k_transform.h"
 #include "precision/mass_cap.h"
 
 namespace thriftattn {
 namespace {
 
-bool in_reach(const SideLayout& side) { return side.layered || side.format == Format::bf16; }
+bool in_reach(const SideLayout& side) {
+  return base_format(side.format) == Format::nvfp4 || side.format == Format::bf16;
+}
 
 }  // namespace
 

@@ -231,6 +231,7 @@ void PrefillHead::write(const Tile& tile) {
     const float inverse = total.l > 0 ? scale / total.l : 0.0f;
     float* out = request_.out.row(r / group_, q_head(r));
     for (int64_t d = 0; d < dv; ++d) out[d] = tile.o[d * kCols + c] * inverse;
+    if (store_.layout.v.rotated) hadamard_rows(out, 1, dv, dv);  // back to V's own basis
     if (request_.lse.data) *request_.lse.row(r / group_, q_head(r)) = total.lse();
   }
 }

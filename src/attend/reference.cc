@@ -19,14 +19,10 @@ namespace {
 
 using Row = std::vector<double>;
 
-// y = H (x * s) or H (x / s), in FP64, from the definition of the Hadamard matrix.
-Row transform(const float* x, int64_t dim, const float* s, bool divide, bool rotate) {
-  Row in(static_cast<size_t>(dim)), out(in.size(), 0.0);
-  for (int64_t d = 0; d < dim; ++d) {
-    const double factor = s ? static_cast<double>(s[d]) : 1.0;
-    in[static_cast<size_t>(d)] = divide ? x[d] / factor : x[d] * factor;
-  }
-  if (!rotate) return in;
+// H x in FP64, from the definition of the Hadamard matrix; it is its own inverse.
+Row hadamard(const Row& in) {
+  const int64_t dim = static_cast<int64_t>(in.size());
+  Row out(in.size(), 0.0);
   const int64_t block = dim & -dim;
   for (int64_t i = 0; i < dim; ++i) {
     const int64_t base = i / block * block;
@@ -37,6 +33,18 @@ Row transform(const float* x, int64_t dim, const float* s, bool divide, bool rot
     out[static_cast<size_t>(i)] /= std::sqrt(static_cast<double>(block));
   }
   return out;
+}
+
+// What K' is dotted with: H (q / s), each step where the layer has it.
+Row transformed_query(const float* q, const LayerStore& store, int64_t kv_head) {
+  const SideLayout& side = store.layout.k;
+  Row out(q, q + side.dim);
+  if (side.layered && !store.equalizer.empty()) {
+    for (int64_t d = 0; d < side.dim; ++d) {
+      out[static_cast<size_t>(d)] /= store.equalizer[static_cast<size_t>(kv_head * side.dim + d)];
+    }
+  }
+  return side.rotated ? hadamard(out) : out;
 }
 
 // One page's values of one side for one KV head, in FP64.
@@ -171,12 +179,7 @@ void Reference::query(int64_t index) {
   std::vector<std::vector<double>> known(static_cast<size_t>(group), Row(pages, 0.0));
   std::vector<double> lse(static_cast<size_t>(group)), lse_full(lse);
   for (int64_t g = 0; g < group; ++g) {
-    const float* raw = request_.q.row(index, q_head(g));
-    const float* eq =
-        store_.equalizer.empty() ? nullptr : &store_.equalizer[static_cast<size_t>(head_ * layout.k.dim)];
-    const Row q = layout.k.layered
-                      ? transform(raw, layout.k.dim, eq, true, store_.policy.rotate)
-                      : transform(raw, layout.k.dim, nullptr, true, false);
+    const Row q = transformed_query(request_.q.row(index, q_head(g)), store_, head_);
     for (size_t p = 0; p < pages; ++p) {
       double offset = 0;
       for (size_t d = 0; d < q.size(); ++d) offset += q[d] * k[p].mean[d];
@@ -287,6 +290,7 @@ void Reference::query(int64_t index) {
         }
       }
     }
+    if (layout.v.rotated) out = hadamard(out);  // what is stored is H v
     float* row = request_.out.row(index, q_head(g));
     for (size_t d = 0; d < out.size(); ++d) row[d] = static_cast<float>(out[d]);
     if (request_.lse.data) *request_.lse.row(index, q_head(g)) = static_cast<float>(total);

@@ -9,6 +9,7 @@
 #include "base/tensor_check.h"
 #include "cache/kv_cache_impl.h"
 #include "cache/page_codec.h"
+#include "formats/format_info.h"
 #include "formats/k_transform.h"
 #include "formats/row_codec.h"
 #include "thriftattn/error.h"
@@ -16,29 +17,9 @@
 namespace thriftattn {
 namespace {
 
-// The largest magnitude a format's scale or value can hold; larger would become Inf silently.
-float format_limit(Format format) {
-  constexpr float kFp16Max = 65504.0f;
-  constexpr float kBf16Max = 3.3895313892515355e38f;
-  switch (format) {
-    case Format::fp16:
-      return kFp16Max;
-    case Format::q8_0:
-      return kFp16Max * 127.0f;
-    case Format::q4_0:
-      return kFp16Max * 8.0f;
-    case Format::bf16:
-    case Format::nvfp4:
-    case Format::nvfp4x2:
-      return kBf16Max;
-    default:
-      return 3.4028234663852886e38f;
-  }
-}
-
 void check_values(const char* side, const LayerStore& store, int64_t first_token, Format format,
                   TensorView<const float> x) {
-  const float limit = format_limit(format);
+  const float limit = format_info(format).range_max;
   for (int64_t t = 0; t < x.tokens; ++t) {
     for (int64_t local = 0; local < store.shape.kv_heads; ++local) {
       const int64_t h = store.model_head(local);
@@ -76,7 +57,7 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
     const float* eq = store.equalizer.empty() ? nullptr : &store.equalizer[s.head * dim];
     std::vector<float> x(static_cast<size_t>(s.tokens * dim));
     equalize_rotate_rows(k.row(s.step_token, s.model_head), k.token_stride, s.tokens, dim, eq, false,
-                         store.policy.rotate, x.data(), dim);
+                         store.layout.k.rotated, x.data(), dim);
     const uint16_t* ref = &open.k_reference[static_cast<size_t>(s.head * dim)];
     uint16_t* out = &open.k[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -88,8 +69,13 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
   if (store.layout.v.layered) {
     const int64_t dim = store.layout.v.dim;
     uint16_t* out = &open.v[static_cast<size_t>((s.head * kPageTokens + s.page_token) * dim)];
+    std::vector<float> rotated(static_cast<size_t>(dim));
     for (int64_t t = 0; t < s.tokens; ++t) {
       const float* row = v.row(s.step_token + t, s.model_head);
+      if (store.layout.v.rotated) {
+        equalize_rotate_rows(row, dim, 1, dim, nullptr, false, true, rotated.data(), dim);
+        row = rotated.data();
+      }
       for (int64_t d = 0; d < dim; ++d) out[t * dim + d] = f32_to_bf16(row[d]);
     }
   }

@@ -7,6 +7,7 @@
 #include "base/float_convert.h"
 #include "formats/k_transform.h"
 #include "formats/nvfp4.h"
+#include "formats/plane_codec.h"
 
 namespace thriftattn {
 namespace {
@@ -47,11 +48,10 @@ void encode_side(const SideLayout& side, OpenSide open, bool center, uint8_t* he
     for (int64_t d = 0; d < dim; ++d) stored_mean[d] = 0;
   }
 
-  *meta.scale = nvfp4_encode_page(x.data(), kPageTokens, dim, head + side.codes,
-                                  head + side.scales);
+  const PlaneShape shape{.format = side.format, .dim = dim};
+  *meta.scale = encode_plane(shape, x.data(), head + side.codes, head + side.scales);
   decoded.resize(n);
-  nvfp4_decode_page(head + side.codes, head + side.scales, *meta.scale, kPageTokens, dim,
-                    decoded.data());
+  decode_plane(shape, head + side.codes, head + side.scales, *meta.scale, decoded.data());
   for (size_t i = 0; i < n; ++i) x[i] -= decoded[i];
   *meta.error = rms_of(x);
   *meta.res_scale = nvfp4_encode_page(x.data(), kPageTokens, dim, residual + side.res_codes,
@@ -99,7 +99,8 @@ void decode_base(const PageLayout& layout, const SideLayout& side, const uint8_t
                  float* out) {
   const PageMeta& meta = page_meta(layout, head);
   const float scale = &side == &layout.k ? meta.k_scale : meta.v_scale;
-  nvfp4_decode_page(head + side.codes, head + side.scales, scale, kPageTokens, side.dim, out);
+  decode_plane({.format = side.format, .dim = side.dim}, head + side.codes, head + side.scales,
+               scale, out);
 }
 
 void decode_residual(const PageLayout& layout, const SideLayout& side, const uint8_t* head,

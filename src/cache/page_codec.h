@@ -10,7 +10,7 @@
 namespace thriftattn {
 
 // The open form of one side of one KV head: BF16 [64][dim], minus `reference` (BF16 [dim], K
-// only; nullptr = 0).
+// only; nullptr = 0); rotated where the side is.
 struct OpenSide {
   const uint16_t* rows = nullptr;
   const uint16_t* reference = nullptr;

@@ -5,6 +5,7 @@
 
 #include "formats/format_info.h"
 #include "formats/nvfp4.h"
+#include "formats/plane_codec.h"
 #include "formats/row_codec.h"
 #include "thriftattn/error.h"
 
@@ -80,8 +81,8 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
     side.layered = is_layered(format);
     side.dim = dim;
     if (side.layered) {
-      const int64_t codes_bytes = nvfp4_codes_bytes(dim);
-      const int64_t scales_bytes = nvfp4_scales_bytes(dim);
+      const int64_t codes_bytes = plane_codes_bytes(format, dim);
+      const int64_t scales_bytes = plane_scales_bytes(format, dim);
       side.codes = at;
       at = aligned(at + codes_bytes);
       side.scales = at;
@@ -89,11 +90,11 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
       side.mean = at;
       at = aligned(at + 2 * dim);
       side.res_codes = res_at;
-      res_at = aligned(res_at + codes_bytes);
+      res_at = aligned(res_at + nvfp4_codes_bytes(dim));
       side.res_scales = res_at;
-      res_at = aligned(res_at + scales_bytes);
+      res_at = aligned(res_at + nvfp4_scales_bytes(dim));
       side.base_bytes = codes_bytes + scales_bytes;
-      side.residual_bytes = side.base_bytes;
+      side.residual_bytes = nvfp4_codes_bytes(dim) + nvfp4_scales_bytes(dim);
       layout.base_bytes += side.base_bytes;
     } else {
       side.row_bytes = row_bytes(format, dim);
@@ -104,6 +105,8 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
   };
   place(layout.k, policy.k_format, shape.head_dim_k);
   place(layout.v, policy.v_format, shape.head_dim_v);
+  layout.k.rotated = layout.k.layered && policy.rotate;
+  layout.v.rotated = format_info(policy.v_format).rotate_v && policy.rotate;
   if (layout.any_layered()) {
     layout.meta = at;
     at = aligned(at + static_cast<int64_t>(sizeof(PageMeta)));

@@ -24,6 +24,7 @@ static_assert(sizeof(PageMeta) == 36, "metadata is at most 48 bytes a page (DESI
 struct SideLayout {
   Format format = Format::bf16;
   bool layered = false;
+  bool rotated = false;  // values are stored as H.x; H is its own inverse
   int64_t dim = 0;
   int64_t codes = 0, scales = 0, mean = 0;          // layered: base plane and summary
   int64_t res_codes = 0, res_scales = 0;            // layered: offsets in a residual slot

@@ -9,9 +9,9 @@
 
 namespace thriftattn {
 
-// The 16-bit form of one page's tokens on the layered sides: V, and T.K minus a reference that
-// is fixed when the page opens (the previous page's stored mean; 0 for the first page).
-// [kv_heads][64][dim]; the reference is [kv_heads][head_dim_k].
+// The 16-bit form of one page's tokens on the layered sides: V, rotated for int3, and T.K minus a
+// reference that is fixed when the page opens (the previous page's stored mean; 0 for the first
+// page). [kv_heads][64][dim]; the reference is [kv_heads][head_dim_k].
 struct OpenPage {
   std::vector<uint16_t> k, v, k_reference;
 

@@ -222,7 +222,7 @@ void add_run_command(CLI::App& app) {
                      ->capture_default_str()
                      ->type_name("POLICY");
   cmd->add_option("--cache-type-k", args->type_k,
-                  "Format of K (also -ctk): f32, bf16, fp16, fp8, q8_0, q4_0, nvfp4, nvfp4x2")
+                  "Format of K (also -ctk), such as q8_0; 'thriftattn formats' lists them")
       ->type_name("FORMAT");
   cmd->add_option("--cache-type-v", args->type_v, "Format of V (also -ctv)")->type_name("FORMAT");
   cmd->add_option("-c,--ctx-size", args->context, "Context in tokens; 0 takes the model's")

@@ -34,27 +34,8 @@ struct ChunkBuffers {
   alignas(64) float scale4[kChunkBlocks + 16];
   alignas(64) uint32_t code6[kChunkBlocks + 16];
   alignas(64) uint32_t code4[kChunkBlocks + 16];
-  // 2 |value| of each chosen element (0, 1, 2, 3, 4, 6, 8, 12), + 16 where t is negative.
   alignas(64) uint8_t doubled[kChunk];
 };
-
-float PageAmax(const float* x, int64_t n) {
-  const DF d;
-  auto amax = hn::Zero(d);
-  for (int64_t i = 0; i < n; i += kLanes) amax = hn::Max(amax, hn::Abs(hn::LoadU(d, x + i)));
-  return hn::GetLane(hn::MaxOfLanes(d, amax));
-}
-
-// |t| / scale on the E2M1 grid. Adding and subtracting 2^23 steps rounds to a multiple of the
-// step, ties to an even multiple, which is the even code.
-HWY_INLINE hn::Vec<DF> RoundE2m1(hn::Vec<DF> a, hn::Vec<DF> scale) {
-  const DF d;
-  const auto q = hn::Min(hn::Div(a, scale), hn::Set(d, kE2m1Max));
-  auto magic =
-      hn::IfThenElse(hn::Lt(q, hn::Set(d, 2.0f)), hn::Set(d, 0x1p22f), hn::Set(d, 0x1p23f));
-  magic = hn::IfThenElse(hn::Lt(q, hn::Set(d, 4.0f)), magic, hn::Set(d, 0x1p24f));
-  return hn::Sub(hn::Add(q, magic), magic);
-}
 
 // Quantises a block with `scale`: the grid values (of |t|) go to `values`; returns the error.
 HWY_INLINE float QuantizeBlock(const float* HWY_RESTRICT t, float scale,
@@ -66,7 +47,7 @@ HWY_INLINE float QuantizeBlock(const float* HWY_RESTRICT t, float scale,
   alignas(64) float quads[16];
   for (int64_t i = 0; i < kNvfp4Group; i += kLanes) {
     const auto a = hn::Abs(hn::Load(d, t + i));
-    const auto v = RoundE2m1(a, divisor);
+    const auto v = RoundE2m1(d, a, divisor);
     hn::Store(v, d, values + i);
     const auto diff = hn::Sub(a, hn::Mul(v, multiplier));
     auto sum = hn::Mul(diff, diff);
@@ -95,9 +76,7 @@ HWY_INLINE void CandidateScales(ChunkBuffers& buf, int64_t blocks) {
 
 HWY_INLINE uint8_t EncodeBlock(ChunkBuffers& buf, int64_t b) {
   const DF d;
-  const hn::RebindToSigned<DF> di;
   const hn::RebindToUnsigned<DF> du;
-  const hn::Rebind<uint8_t, DF> du8;
   const float* t = buf.t + b * kNvfp4Group;
   alignas(64) float values[2][kNvfp4Group];
   const float error6 = QuantizeBlock(t, buf.scale6[b], values[0]);
@@ -110,36 +89,10 @@ HWY_INLINE uint8_t EncodeBlock(ChunkBuffers& buf, int64_t b) {
   // A zero scale has no signs either.
   const auto sign_bit = hn::Set(du, scale == 0 ? 0u : 0x80000000u);
   for (int64_t i = 0; i < kNvfp4Group; i += kLanes) {
-    const auto value = hn::Load(d, v + i);
-    const auto doubled = hn::ConvertTo(di, hn::Add(value, value));
-    const auto bits = hn::BitCast(du, hn::Load(d, t + i));
-    const auto sign = hn::ShiftRight<27>(hn::And(bits, sign_bit));
-    const auto index = hn::Or(doubled, hn::BitCast(di, sign));
-    hn::StoreU(hn::DemoteTo(du8, index), du8, buf.doubled + b * kNvfp4Group + i);
+    StoreDoubled(d, hn::Load(d, v + i), hn::Load(d, t + i), sign_bit,
+                 buf.doubled + b * kNvfp4Group + i);
   }
   return scale;
-}
-
-// doubled -> codes, two a byte.
-HWY_INLINE void PackCodes(const uint8_t* HWY_RESTRICT doubled, int64_t n,
-                          uint8_t* HWY_RESTRICT out) {
-  const hn::FixedTag<uint8_t, 16> du8;
-  const hn::FixedTag<uint16_t, 8> du16;
-  const hn::FixedTag<int16_t, 8> di16;
-  const hn::FixedTag<uint8_t, 8> du8_half;
-  alignas(16) static constexpr uint8_t kCodeOfDoubled[16] = {0, 1, 2, 3, 4, 0, 5, 0,
-                                                             6, 0, 0, 0, 7, 0, 0, 0};
-  const auto table = hn::Load(du8, kCodeOfDoubled);
-  for (int64_t i = 0; i < n; i += kNvfp4Group) {
-    const auto raw = hn::Load(du8, doubled + i);
-    const auto magnitude = hn::TableLookupBytes(table, hn::And(raw, hn::Set(du8, uint8_t{15})));
-    const auto sign = hn::And(hn::ShiftRight<1>(raw), hn::Set(du8, uint8_t{8}));
-    const auto pair = hn::BitCast(du16, hn::Or(magnitude, sign));
-    const auto low = hn::And(pair, hn::Set(du16, uint16_t{0x000f}));
-    const auto high = hn::And(hn::ShiftRight<4>(pair), hn::Set(du16, uint16_t{0x00f0}));
-    const auto packed = hn::BitCast(di16, hn::Or(low, high));
-    hn::StoreU(hn::DemoteTo(du8_half, packed), du8_half, out + i / 2);
-  }
 }
 
 void EncodeChunk(const float* HWY_RESTRICT x, int64_t n, float page_scale, ChunkBuffers& buf,
@@ -158,7 +111,7 @@ void EncodeChunk(const float* HWY_RESTRICT x, int64_t n, float page_scale, Chunk
   }
   CandidateScales(buf, blocks);
   for (int64_t b = 0; b < blocks; ++b) scales[b] = EncodeBlock(buf, b);
-  PackCodes(buf.doubled, n, codes);
+  PackE2m1(buf.doubled, n, codes);
 }
 
 #endif  // HWY_TARGET != HWY_SCALAR
@@ -168,7 +121,7 @@ float EncodePage(const float* x, int64_t rows, int64_t dim, uint8_t* codes, uint
   if constexpr (kFixedVectors) {
     // Blocks are dense over the page, so rows need not be told apart.
     const int64_t n = rows * dim;
-    const float page_scale = usable_scale(PageAmax(x, n) / kNvfp4Max);
+    const float page_scale = usable_scale(AmaxOfVectors(DF(), x, n) / kNvfp4Max);
     ChunkBuffers buf;
     for (int64_t i = 0; i < n; i += kChunk) {
       EncodeChunk(x + i, HWY_MIN(kChunk, n - i), page_scale, buf, codes + i / 2,

@@ -1,13 +1,11 @@
 // The scalar truth of NVFP4: the order of operations written here is the format.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 
 #include "base/float_convert.h"
 #include "formats/nvfp4.h"
-#include "thriftattn/error.h"
+#include "formats/plane_codec.h"
 
 namespace thriftattn {
 namespace {
@@ -49,13 +47,7 @@ Candidate search_block(const float* t) {
 
 }  // namespace
 
-void nvfp4_check_dim(int64_t dim) {
-  if (dim > 0 && dim % kNvfp4Group == 0) return;
-  throw Error(ErrorCode::invalid_argument,
-              fmt::format("nvfp4 needs a head_dim that is a multiple of {}, got {}; use another "
-                          "format for this model",
-                          kNvfp4Group, dim));
-}
+void nvfp4_check_dim(int64_t dim) { check_plane_dim(Format::nvfp4, dim); }
 
 float nvfp4_encode_page_scalar(const float* x, int64_t rows, int64_t dim, uint8_t* codes,
                                uint8_t* scales) {

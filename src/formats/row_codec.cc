@@ -34,17 +34,9 @@ void StoreScale16(uint8_t* out, float scale) {
   std::memcpy(out, &half, sizeof(half));
 }
 
-// n a multiple of the lanes.
-HWY_INLINE float AmaxOfVectors(const float* x, int64_t n) {
-  const DF d;
-  auto amax = hn::Zero(d);
-  for (int64_t i = 0; i < n; i += kLanes) amax = hn::Max(amax, hn::Abs(hn::LoadU(d, x + i)));
-  return hn::GetLane(hn::MaxOfLanes(d, amax));
-}
-
 float Amax(const float* x, int64_t n) {
   const int64_t whole = n - n % kLanes;
-  float amax = AmaxOfVectors(x, whole);
+  float amax = AmaxOfVectors(DF(), x, whole);
   for (int64_t i = whole; i < n; ++i) amax = HWY_MAX(amax, x[i] < 0 ? -x[i] : x[i]);
   return amax;
 }
@@ -75,19 +67,37 @@ void EncodeFp16Row(const float* x, int64_t dim, uint8_t* out) {
   for (; i < dim; ++i) StoreScale16(out + 2 * i, x[i]);
 }
 
-void EncodeFp8(const float* x, int64_t dim, uint8_t* out) {
+template <class Float>
+void EncodeSmallFloatRow(const float* x, int64_t dim, uint8_t* out) {
   const DF d;
   const hn::RebindToSigned<DF> di;
   const hn::Rebind<uint8_t, DF> du8;
-  const float scale = usable_scale(Amax(x, dim) / kE4m3Max);
+  const float scale = usable_scale(Amax(x, dim) / Float::kMax);
   std::memcpy(out, &scale, sizeof(scale));
+  out += sizeof(scale);
   const auto divisor = hn::Set(d, scale);
+  const auto encode = [&](const float* from, uint8_t* to) HWY_ATTR {
+    const auto code = EncodeSmallFloat<Float>(d, hn::Div(hn::LoadU(d, from), divisor));
+    hn::StoreU(hn::DemoteTo(du8, hn::BitCast(di, code)), du8, to);
+  };
   int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) {
-    const auto code = EncodeE4m3(d, hn::Div(hn::LoadU(d, x + i), divisor));
-    hn::StoreU(hn::DemoteTo(du8, hn::BitCast(di, code)), du8, out + 4 + i);
+  if constexpr (Float::kBits == 8) {
+    for (; i + kLanes <= dim; i += kLanes) encode(x + i, out + i);
+    for (; i < dim; ++i) out[i] = Float::encode(x[i] / scale);
+  } else {
+    uint32_t bytes[kLanes / 4];
+    for (; i + kLanes <= dim; i += kLanes) {
+      encode(x + i, reinterpret_cast<uint8_t*>(bytes));
+      for (int64_t w = 0; w < kLanes / 4; ++w) {
+        store_u24(gather_6bit(bytes[w]), out + (i / 4 + w) * 3);
+      }
+    }
+    for (; i < dim; i += 4) {
+      uint32_t word = 0;
+      for (int64_t j = 0; j < 4; ++j) word |= uint32_t{Float::encode(x[i + j] / scale)} << 6 * j;
+      store_u24(word, out + i / 4 * 3);
+    }
   }
-  for (; i < dim; ++i) out[4 + i] = f32_to_e4m3(x[i] / scale);
 }
 
 void EncodeQ8(const float* x, uint8_t* out) {
@@ -95,7 +105,7 @@ void EncodeQ8(const float* x, uint8_t* out) {
   const hn::RebindToSigned<DF> di;
   const hn::Rebind<int8_t, DF> di8;
   const hn::Rebind<uint8_t, DF> du8;
-  const float scale = AmaxOfVectors(x, kGgmlBlock) / 127.0f;
+  const float scale = AmaxOfVectors(DF(), x, kGgmlBlock) / 127.0f;
   StoreScale16(out, scale);
   const auto inverse = hn::Set(d, ggml_inverse(scale));
   for (int64_t i = 0; i < kGgmlBlock; i += kLanes) {
@@ -114,7 +124,7 @@ void EncodeQ4(const float* x, uint8_t* out) {
   const DF d;
   const hn::RebindToSigned<DF> di;
   const hn::Rebind<uint8_t, DF> du8;
-  const float amax = AmaxOfVectors(x, kGgmlBlock);
+  const float amax = AmaxOfVectors(DF(), x, kGgmlBlock);
   float signed_max = 0.0f;
   for (int64_t i = 0; i < kGgmlBlock && amax > 0.0f; ++i) {
     if (x[i] == amax || x[i] == -amax) {  // the first of equal magnitudes gives the sign
@@ -146,7 +156,13 @@ void EncodeRow(Format format, const float* x, int64_t dim, uint8_t* out) {
     case Format::fp16:
       return EncodeFp16Row(x, dim, out);
     case Format::fp8_e4m3:
-      return EncodeFp8(x, dim, out);
+      return EncodeSmallFloatRow<E4m3>(x, dim, out);
+    case Format::fp8_e5m2:
+      return EncodeSmallFloatRow<E5m2>(x, dim, out);
+    case Format::fp6_e3m2:
+      return EncodeSmallFloatRow<E3m2>(x, dim, out);
+    case Format::fp6_e2m3:
+      return EncodeSmallFloatRow<E2m3>(x, dim, out);
     case Format::q8_0:
       for (int64_t b = 0; b < dim / kGgmlBlock; ++b) {
         EncodeQ8(x + b * kGgmlBlock, out + b * kQ8BlockBytes);
@@ -159,6 +175,8 @@ void EncodeRow(Format format, const float* x, int64_t dim, uint8_t* out) {
       return;
     case Format::nvfp4:
     case Format::nvfp4x2:
+    case Format::mxfp4:
+    case Format::int3:
       return;  // row_bytes() has thrown
   }
 }

@@ -1,5 +1,5 @@
 // Plain formats: each row (the D elements of one token and head) is encoded on its own, as the
-// peers' caches do (f32, bf16, fp16, fp8_e4m3, q8_0, q4_0; byte maps in docs/formats.md). Inputs
+// peers' caches do (FP32, 16-bit, FP8, FP6, q8_0, q4_0; byte maps in docs/formats.md). Inputs
 // must be finite and at most format_info(f).range_max in magnitude; the caller checks, since it
 // alone can name the layer and token. The _scalar functions are the truth; the others run the
 // best SIMD target of this machine and give the same bytes.

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/float_convert.h"
+#include "formats/bit_pack.h"
 #include "formats/format_info.h"
 #include "formats/row_codec.h"
 #include "thriftattn/error.h"
@@ -27,10 +28,33 @@ float amax_of(const float* x, int64_t n) {
   return amax;
 }
 
-void encode_fp8(const float* x, int64_t dim, uint8_t* out) {
-  const float scale = usable_scale(amax_of(x, dim) / kE4m3Max);
+// FP8: a code a byte. FP6: four codes in a 24-bit word, code i from bit 6 i.
+template <class Float>
+void encode_small_float(const float* x, int64_t dim, uint8_t* out) {
+  const float scale = usable_scale(amax_of(x, dim) / Float::kMax);
   std::memcpy(out, &scale, sizeof(scale));
-  for (int64_t i = 0; i < dim; ++i) out[4 + i] = f32_to_e4m3(x[i] / scale);
+  if constexpr (Float::kBits == 8) {
+    for (int64_t i = 0; i < dim; ++i) out[4 + i] = Float::encode(x[i] / scale);
+  } else {
+    for (int64_t w = 0; w < dim / 4; ++w) {
+      uint32_t word = 0;
+      for (int64_t i = 0; i < 4; ++i) {
+        word |= uint32_t{Float::encode(x[4 * w + i] / scale)} << 6 * i;
+      }
+      store_u24(word, out + 4 + 3 * w);
+    }
+  }
+}
+
+template <class Float>
+void decode_small_float(const uint8_t* in, int64_t dim, float* out) {
+  float scale;
+  std::memcpy(&scale, in, sizeof(scale));
+  for (int64_t i = 0; i < dim; ++i) {
+    const uint32_t code =
+        Float::kBits == 8 ? in[4 + i] : load_u24(in + 4 + i / 4 * 3) >> 6 * (i % 4);
+    out[i] = Float::decode(code & ((1u << Float::kBits) - 1)) * scale;
+  }
 }
 
 void encode_q8_0(const float* x, uint8_t* out) {
@@ -75,8 +99,13 @@ void encode_row(Format format, const float* x, int64_t dim, uint8_t* out) {
       for (int64_t i = 0; i < dim; ++i) store_u16(out + 2 * i, f32_to_fp16(x[i]));
       return;
     case Format::fp8_e4m3:
-      encode_fp8(x, dim, out);
-      return;
+      return encode_small_float<E4m3>(x, dim, out);
+    case Format::fp8_e5m2:
+      return encode_small_float<E5m2>(x, dim, out);
+    case Format::fp6_e3m2:
+      return encode_small_float<E3m2>(x, dim, out);
+    case Format::fp6_e2m3:
+      return encode_small_float<E2m3>(x, dim, out);
     case Format::q8_0:
       for (int64_t b = 0; b < dim / kGgmlBlock; ++b) {
         encode_q8_0(x + b * kGgmlBlock, out + b * kQ8BlockBytes);
@@ -89,6 +118,8 @@ void encode_row(Format format, const float* x, int64_t dim, uint8_t* out) {
       return;
     case Format::nvfp4:
     case Format::nvfp4x2:
+    case Format::mxfp4:
+    case Format::int3:
       return;  // row_bytes() has thrown
   }
 }
@@ -104,12 +135,14 @@ void decode_row(Format format, const uint8_t* in, int64_t dim, float* out) {
     case Format::fp16:
       for (int64_t i = 0; i < dim; ++i) out[i] = fp16_to_f32(load_u16(in + 2 * i));
       return;
-    case Format::fp8_e4m3: {
-      float scale;
-      std::memcpy(&scale, in, sizeof(scale));
-      for (int64_t i = 0; i < dim; ++i) out[i] = e4m3_to_f32(in[4 + i]) * scale;
-      return;
-    }
+    case Format::fp8_e4m3:
+      return decode_small_float<E4m3>(in, dim, out);
+    case Format::fp8_e5m2:
+      return decode_small_float<E5m2>(in, dim, out);
+    case Format::fp6_e3m2:
+      return decode_small_float<E3m2>(in, dim, out);
+    case Format::fp6_e2m3:
+      return decode_small_float<E2m3>(in, dim, out);
     case Format::q8_0:
       for (int64_t i = 0; i < dim; ++i) {
         const uint8_t* block = in + i / kGgmlBlock * kQ8BlockBytes;
@@ -127,6 +160,8 @@ void decode_row(Format format, const uint8_t* in, int64_t dim, float* out) {
       return;
     case Format::nvfp4:
     case Format::nvfp4x2:
+    case Format::mxfp4:
+    case Format::int3:
       return;
   }
 }
@@ -137,7 +172,7 @@ int64_t row_bytes(Format format, int64_t dim) {
   const FormatInfo& info = format_info(format);
   if (is_layered(format)) {
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{} is encoded by page, not by row; use nvfp4_encode_page", info.name));
+                fmt::format("{} is encoded by page, not by row; use encode_plane", info.name));
   }
   if (dim <= 0 || dim % info.dim_multiple != 0) {
     throw Error(ErrorCode::invalid_argument,

@@ -3,33 +3,12 @@
 
 #include <algorithm>
 
+#include "formats/format_info.h"
 #include "policy/fields.h"
 #include "thriftattn/policy.h"
 
 namespace thriftattn {
 namespace {
-
-std::string_view plain_words(Format format) {
-  switch (format) {
-    case Format::f32:
-      return "FP32";
-    case Format::bf16:
-      return "BF16";
-    case Format::fp16:
-      return "FP16";
-    case Format::fp8_e4m3:
-      return "FP8 E4M3 with one FP32 scale per token and head";
-    case Format::q8_0:
-      return "Q8_0 (ggml's block of 32)";
-    case Format::q4_0:
-      return "Q4_0 (ggml's block of 32)";
-    case Format::nvfp4:
-      return "NVFP4";
-    case Format::nvfp4x2:
-      return "NVFP4 base and residual, both always read (9 bits)";
-  }
-  return "invalid";
-}
 
 // "K rotated, centred and equalised".
 std::string transforms(std::string_view side, const std::vector<std::string_view>& done) {
@@ -43,9 +22,10 @@ std::string transforms(std::string_view side, const std::vector<std::string_view
 }
 
 std::string how_stored(const LayerPolicy& p) {
-  std::string text = p.k_format == p.v_format ? fmt::format("K and V {}", plain_words(p.k_format))
-                                              : fmt::format("K {}, V {}", plain_words(p.k_format),
-                                                            plain_words(p.v_format));
+  std::string text =
+      p.k_format == p.v_format
+          ? fmt::format("K and V {}", format_info(p.k_format).words)
+          : fmt::format("K {}, V {}", format_info(p.k_format).words, format_info(p.v_format).words);
   if (is_layered(p.k_format)) {
     std::vector<std::string_view> done;
     if (p.equalize) done.push_back("equalised if the model has an equaliser");
@@ -54,8 +34,10 @@ std::string how_stored(const LayerPolicy& p) {
     text += "; " + transforms("K", done);
   }
   if (is_layered(p.v_format)) {
-    text += "; " + transforms("V", p.center ? std::vector<std::string_view>{"centred by page"}
-                                            : std::vector<std::string_view>{});
+    std::vector<std::string_view> done;
+    if (p.rotate && format_info(p.v_format).rotate_v) done.push_back("rotated");
+    if (p.center) done.push_back("centred by page");
+    text += "; " + transforms("V", done);
   }
   return text;
 }
@@ -76,7 +58,7 @@ std::string_view score_words(BlockScore score) {
   return "invalid";
 }
 
-// Reads of nvfp4 pages.
+// Reads of pages whose residual the policy decides on.
 std::string how_read(const LayerPolicy& p) {
   std::string text;
   if (p.residency == Residency::dropped) {
@@ -106,7 +88,7 @@ std::string how_read(const LayerPolicy& p) {
     text += fmt::format(" (sinks={}, recent={} change nothing: no residual is dropped)", p.sinks,
                         p.recent);
   }
-  if (p.v_format == Format::nvfp4) {
+  if (is_promotable(p.v_format)) {
     text += p.skip > 0 ? fmt::format("; V codes not read for pages of mass up to {}", p.skip)
                        : "; no page is skipped";
   }
@@ -147,7 +129,7 @@ std::vector<std::vector<size_t>> groups_of_equals(const std::vector<LayerPolicy>
 std::string explain(const std::vector<LayerPolicy>& layers) {
   std::string text;
   const auto add = [&](const std::string& where, const LayerPolicy& p) {
-    const bool adaptive = p.k_format == Format::nvfp4 || p.v_format == Format::nvfp4;
+    const bool adaptive = is_promotable(p.k_format) || is_promotable(p.v_format);
     text += fmt::format("{}: {}{}\n", where, how_stored(p), adaptive ? how_read(p) : "");
   };
   for (const auto& group : groups_of_equals(layers)) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "formats/format_info.h"
 #include "policy/text.h"
 #include "thriftattn/error.h"
 
@@ -23,21 +24,33 @@ constexpr int64_t kMaxLayers = int64_t{1} << 20;
 template <typename E>
 struct Named {
   std::string_view name;
-  E value;
+  E value{};
 };
 
-// The first name of a value is the one that is printed.
-constexpr std::array kFormats = {
-    Named<Format>{"f32", Format::f32},       Named<Format>{"bf16", Format::bf16},
-    Named<Format>{"fp16", Format::fp16},     Named<Format>{"fp8_e4m3", Format::fp8_e4m3},
-    Named<Format>{"q8_0", Format::q8_0},     Named<Format>{"q4_0", Format::q4_0},
-    Named<Format>{"nvfp4", Format::nvfp4},   Named<Format>{"nvfp4x2", Format::nvfp4x2},
-    Named<Format>{"fp32", Format::f32},      Named<Format>{"float32", Format::f32},
-    Named<Format>{"bfloat16", Format::bf16}, Named<Format>{"f16", Format::fp16},
-    Named<Format>{"float16", Format::fp16},  Named<Format>{"fp8", Format::fp8_e4m3},
-    Named<Format>{"e4m3", Format::fp8_e4m3}, Named<Format>{"int8", Format::q8_0},
-    Named<Format>{"int4", Format::q4_0},
-};
+// Calls f(name, format) for all names, then for all aliases: the first name of a value is the one
+// that is printed. (By index: GCC 12 refuses a range-for over an array's member array here.)
+template <typename F>
+constexpr void for_each_format_name(F&& f) {
+  for (const FormatInfo& info : kFormats) f(info.name, info.format);
+  for (const FormatInfo& info : kFormats) {
+    for (size_t i = 0; i < info.aliases.size(); ++i) {
+      if (!info.aliases[i].empty()) f(info.aliases[i], info.format);
+    }
+  }
+}
+
+constexpr size_t kFormatNameCount = [] {
+  size_t n = 0;
+  for_each_format_name([&](std::string_view, Format) { ++n; });
+  return n;
+}();
+
+constexpr auto kFormatNames = [] {
+  std::array<Named<Format>, kFormatNameCount> names{};
+  size_t n = 0;
+  for_each_format_name([&](std::string_view name, Format format) { names[n++] = {name, format}; });
+  return names;
+}();
 constexpr std::array kRules = {
     Named<PromoteRule>{"mass", PromoteRule::mass},
     Named<PromoteRule>{"budget", PromoteRule::budget},
@@ -54,7 +67,7 @@ constexpr std::array kResidencies = {
     Named<Residency>{"dropped", Residency::dropped},
 };
 
-constexpr const auto& names_of(Format) { return kFormats; }
+constexpr const auto& names_of(Format) { return kFormatNames; }
 constexpr const auto& names_of(PromoteRule) { return kRules; }
 constexpr const auto& names_of(BlockScore) { return kScores; }
 constexpr const auto& names_of(Residency) { return kResidencies; }

@@ -41,16 +41,17 @@ PolicyRule parse_selected(std::string_view item) {
   return rule;
 }
 
-bool names_nvfp4(const PolicyRule& rule) {
-  return rule.k_format == Format::nvfp4 || rule.v_format == Format::nvfp4;
+bool names_promotable(const PolicyRule& rule) {
+  return (rule.k_format && is_promotable(*rule.k_format)) ||
+         (rule.v_format && is_promotable(*rule.v_format));
 }
 
 // What a text without a preset starts from: BF16, and balanced's thresholds for the layers that
-// the text makes nvfp4. The fields' own defaults (never promote) would keep residuals that no
+// the text makes promotable. The fields' own defaults (never promote) would keep residuals that no
 // decode step reads.
 PolicyRule base_rule(const std::vector<PolicyRule>& rules) {
   PolicyRule base{.k_format = Format::bf16, .v_format = Format::bf16};
-  if (std::any_of(rules.begin(), rules.end(), names_nvfp4)) {
+  if (std::any_of(rules.begin(), rules.end(), names_promotable)) {
     const Policy balanced = preset("balanced");
     base.promote = balanced.rules.front().promote;
     base.skip = balanced.rules.front().skip;

@@ -43,13 +43,22 @@ PolicyRule by_budget(double budget) {
   return rule;
 }
 
+// K in `k` and V in INT3: V's error is averaged by attention, K's goes into the scores, so V can
+// do with fewer bits.
+PolicyRule with_int3_values(Format k) {
+  PolicyRule rule = sealed(0.02, 0.0003, 64, 512);
+  rule.k_format = k;
+  rule.v_format = Format::int3;
+  return rule;
+}
+
 struct Preset {
   std::string_view name;
   PolicyRule rule;
 };
 
-const std::array<Preset, 9>& presets() {
-  static const std::array<Preset, 9> all = {{
+const std::array<Preset, 11>& presets() {
+  static const std::array<Preset, 11> all = {{
       {"f32", plain(Format::f32)},
       {"exact", plain(Format::bf16)},
       {"fp8", plain(Format::fp8_e4m3)},
@@ -58,18 +67,35 @@ const std::array<Preset, 9>& presets() {
       {"thrifty", sealed(0.02, 0.0003, 64, 512)},
       {"balanced", layered(0.02, 0.0003)},
       {"swift", layered(0.05, 0.001)},
+      {"max-savings", with_int3_values(Format::nvfp4)},
+      {"max-savings-mx", with_int3_values(Format::mxfp4)},
       {"paper-budget", by_budget(0.05)},
   }};
   return all;
 }
 
-constexpr std::array<std::pair<std::string_view, std::string_view>, 5> kAliases = {{
-    {"fp32", "f32"},
-    {"bf16", "exact"},
-    {"fp8_e4m3", "fp8"},
-    {"int8", "q8_0"},
-    {"int4", "q4_0"},
-}};
+// The preset that a format's name stands for: the one with everything in that format, if any.
+const Preset* preset_of(std::string_view name) {
+  const std::optional<Format> format = parse_format(name);
+  for (const Preset& preset : presets()) {
+    if (preset.name == name || (format && preset.rule == plain(*format))) return &preset;
+  }
+  return nullptr;
+}
+
+// For the error about a format that is no preset: what people who name it probably want.
+std::string_view preset_with(Format format) {
+  switch (format) {
+    case Format::nvfp4:
+      return ", or take the preset 'balanced'";
+    case Format::mxfp4:
+      return ", or take the preset 'max-savings-mx'";
+    case Format::int3:
+      return ", or take the preset 'max-savings'";
+    default:
+      return "";
+  }
+}
 
 }  // namespace
 
@@ -83,17 +109,11 @@ const std::vector<std::string>& preset_names() {
 }
 
 Policy preset(std::string_view name) {
-  std::string_view wanted = name;
-  for (const auto& [alias, target] : kAliases) {
-    if (alias == name) wanted = target;
-  }
-  for (const Preset& preset : presets()) {
-    if (preset.name == wanted) return {std::string(preset.name), {preset.rule}};
-  }
-  if (parse_format(name)) {
+  if (const Preset* found = preset_of(name)) return {std::string(found->name), {found->rule}};
+  if (const auto format = parse_format(name)) {
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("'{0}' is a format, not a policy: for all layers write '*:{0}'{1}",
-                            name, name == "nvfp4" ? ", or take the preset 'balanced'" : ""));
+                            name, preset_with(*format)));
   }
   std::vector<std::string_view> names;
   for (const Preset& preset : presets()) names.push_back(preset.name);

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 
+#include "formats/format_info.h"
 #include "policy/fields.h"
 #include "thriftattn/error.h"
 #include "thriftattn/policy.h"
@@ -28,8 +29,15 @@ struct Fold {
 // Every layer's folds: one, or one a KV head.
 using Folds = std::vector<std::vector<Fold>>;
 
-bool uses_nvfp4(const LayerPolicy& p) {
-  return p.k_format == Format::nvfp4 || p.v_format == Format::nvfp4;
+// The formats with a residual that the policy decides on.
+constexpr std::string_view kPromotableNames = "nvfp4, mxfp4 and int3";
+
+bool any_promotable(const LayerPolicy& p) {
+  return is_promotable(p.k_format) || is_promotable(p.v_format);
+}
+
+bool rotates(const LayerPolicy& p) {
+  return is_layered(p.k_format) || format_info(p.v_format).rotate_v;
 }
 
 bool uses_nvfp4x2(const LayerPolicy& p) {
@@ -148,18 +156,21 @@ void apply(const Policy& policy, const PolicyRule& rule, const PolicyContext& co
 }
 
 // Why a setting would be ignored for such a layer; empty if it is not.
-std::string_view why_ignored(std::string_view field, const LayerPolicy& p) {
+std::string why_ignored(std::string_view field, const LayerPolicy& p) {
   if (field == "k" || field == "v") return "";
-  if (field == "rotate" || field == "equalize") {
-    return is_layered(p.k_format) ? "" : "it acts on K in nvfp4 or nvfp4x2";
+  if (field == "rotate") {
+    return rotates(p) ? "" : "it acts on K in a layered format and on V in int3";
   }
-  if (field == "center") return any_layered(p) ? "" : "it acts on nvfp4 and nvfp4x2";
-  if (field == "skip") {
-    return p.v_format == Format::nvfp4 ? "" : "only V in nvfp4 can be skipped";
+  if (field == "equalize") return is_layered(p.k_format) ? "" : "it acts on K in a layered format";
+  if (field == "center") return any_layered(p) ? "" : "it acts on layered formats";
+  if (field == "skip" && !is_promotable(p.v_format)) {
+    return fmt::format("only V in {} can be skipped", kPromotableNames);
   }
-  if (!uses_nvfp4(p)) {
-    return uses_nvfp4x2(p) ? "nvfp4x2 always keeps and reads its residual; it acts on nvfp4"
-                           : "it acts on nvfp4";
+  if (field == "skip") return "";
+  if (!any_promotable(p)) {
+    return fmt::format("{}it acts on {}",
+                       uses_nvfp4x2(p) ? "nvfp4x2 always keeps and reads its residual; " : "",
+                       kPromotableNames);
   }
   const bool by_budget = p.rule == PromoteRule::budget;
   if ((field == "promote" || field == "max") && by_budget) {
@@ -175,11 +186,13 @@ std::string_view why_ignored(std::string_view field, const LayerPolicy& p) {
 }
 
 // Sliding-window layers: their cache is small and most of a window is read with weight, so what
-// would be nvfp4 is nvfp4x2, unless a `sliding_window` rule itself asks for nvfp4.
+// would be promotable is nvfp4x2, unless a `sliding_window` rule itself asks for such a format.
 void apply_sliding_window_default(const PolicyRule& explicit_rule, LayerPolicy& p) {
-  if (explicit_rule.k_format == Format::nvfp4 || explicit_rule.v_format == Format::nvfp4) return;
+  for (const auto& format : {explicit_rule.k_format, explicit_rule.v_format}) {
+    if (format && is_promotable(*format)) return;
+  }
   for (Format* format : {&p.k_format, &p.v_format}) {
-    if (*format == Format::nvfp4) *format = Format::nvfp4x2;
+    if (is_promotable(*format)) *format = Format::nvfp4x2;
   }
 }
 
@@ -202,14 +215,16 @@ void check_layer(const Policy& policy, const Fold& fold, const std::string& wher
   const auto refuse = [&](ErrorCode code, const std::string& what) {
     fail(code, policy.name, fmt::format("{}: {}", where, what));
   };
-  if (uses_nvfp4(p) && uses_nvfp4x2(p)) {
+  if (any_promotable(p) && uses_nvfp4x2(p)) {
+    const Format other = p.k_format == Format::nvfp4x2 ? p.v_format : p.k_format;
     refuse(ErrorCode::unsupported,
-           fmt::format("{}: one residual serves both, so nvfp4 and nvfp4x2 cannot be mixed in a "
-                       "layer; give both the same, or one of them a plain format such as bf16",
-                       formats(p)));
+           fmt::format("{}: one residual serves both, so {} and nvfp4x2 cannot be mixed in a "
+                       "layer; give both {} or both nvfp4x2, or one of them a plain format such "
+                       "as bf16",
+                       formats(p), to_string(other), to_string(other)));
   }
-  if (!uses_nvfp4(p)) return;
-  const bool v_skips = p.v_format == Format::nvfp4;
+  if (!any_promotable(p)) return;
+  const bool v_skips = is_promotable(p.v_format);
   if (p.rule == PromoteRule::mass && !(p.skip < p.promote) && v_skips) {
     refuse(ErrorCode::invalid_argument,
            fmt::format("skip = {} must be less than promote = {} (to read every page with its "
@@ -236,25 +251,25 @@ void check_layer(const Policy& policy, const Fold& fold, const std::string& wher
   }
   if (p.score == BlockScore::mean && (!is_layered(p.k_format) || !p.center)) {
     refuse(ErrorCode::unsupported,
-           fmt::format("score=mean needs the page means of K, so K in nvfp4 and center=true; this "
+           fmt::format("score=mean needs the page means of K, so K in {} and center=true; this "
                        "is {} with center={}",
-                       formats(p), p.center));
+                       kPromotableNames, formats(p), p.center));
   }
 }
 
 // Fields that do nothing for this layer take the value that says so.
 LayerPolicy normalized(LayerPolicy p) {
   const LayerPolicy off;
-  if (!uses_nvfp4(p)) {
+  if (!any_promotable(p)) {
     p.rule = off.rule;
     p.promote = off.promote;
     p.residency = off.residency;
     p.sinks = p.recent = 0;
   }
-  if (!uses_nvfp4(p) || p.rule == PromoteRule::budget || p.residency == Residency::dropped) {
+  if (!any_promotable(p) || p.rule == PromoteRule::budget || p.residency == Residency::dropped) {
     p.max_promoted = off.max_promoted;
   }
-  if (p.v_format != Format::nvfp4) p.skip = 0;
+  if (!is_promotable(p.v_format)) p.skip = 0;
   if (p.rule == PromoteRule::budget) {
     p.promote = off.promote;
   } else {
@@ -262,7 +277,8 @@ LayerPolicy normalized(LayerPolicy p) {
     p.budget_pages = 0;
     p.score = off.score;
   }
-  if (!is_layered(p.k_format)) p.rotate = p.equalize = false;
+  if (!rotates(p)) p.rotate = false;
+  if (!is_layered(p.k_format)) p.equalize = false;
   if (!any_layered(p)) p.center = false;
   return p;
 }

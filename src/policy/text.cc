@@ -55,7 +55,9 @@ std::string did_you_mean(std::string_view given, std::span<const std::string_vie
   for (const std::string_view name : names) {
     std::string normal(name);
     std::replace(normal.begin(), normal.end(), '-', '_');
-    const size_t distance = edit_distance(lower, normal);
+    // The first word of a name is nearer than any misspelling: fp6 means an fp6_..., not fp8.
+    const bool first_word = normal.starts_with(lower + '_');
+    const size_t distance = first_word ? 0 : edit_distance(lower, normal);
     if (distance < best_distance) {
       best = name;
       best_distance = distance;

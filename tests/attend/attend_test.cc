@@ -32,6 +32,18 @@ TEST(Attend, MatchesReferenceOverPoliciesAndLengths) {
       {"oracle", budget_policy(0.2, BlockScore::oracle)},
       {"k nvfp4 v bf16", mixed(Format::nvfp4, Format::bf16)},
       {"k fp8 v nvfp4", mixed(Format::fp8_e4m3, Format::nvfp4)},
+      {"e5m2", plain_policy(Format::fp8_e5m2)},
+      {"e3m2", plain_policy(Format::fp6_e3m2)},
+      {"e2m3", plain_policy(Format::fp6_e2m3)},
+      {"mxfp4", mixed(Format::mxfp4, Format::mxfp4, layered_policy(0.02, 0.0003))},
+      {"int3", mixed(Format::int3, Format::int3, layered_policy(0.02, 0.0003))},
+      {"max-savings", mixed(Format::nvfp4, Format::int3, sealed_policy(64, 128))},
+      {"max-savings-mx", mixed(Format::mxfp4, Format::int3, sealed_policy(64, 128))},
+      {"k nvfp4 v int3", mixed(Format::nvfp4, Format::int3, layered_policy(0.05, 0.005))},
+      {"k int3 v mxfp4", mixed(Format::int3, Format::mxfp4, layered_policy(0.08, 0.02))},
+      {"k fp6 v int3", mixed(Format::fp6_e2m3, Format::int3)},
+      {"k int3 v q8_0", mixed(Format::int3, Format::q8_0)},
+      {"budget int3", mixed(Format::int3, Format::int3, budget_policy(0.2, BlockScore::mean))},
   };
   for (const auto& [name, policy] : policies) {
     for (int64_t length : {0, 1, 63, 64, 65, 191, 517}) {
@@ -58,13 +70,52 @@ TEST(Attend, MatchesReferenceOverShapes) {
   }
 }
 
+// V's own basis again after the merge: dims whose rotation has blocks, and K unlike V.
+TEST(Attend, RotatedValuesMatchReferenceOverShapes) {
+  struct Shape {
+    int64_t kv, q, dk, dv;
+  };
+  for (const Shape& s : {Shape{1, 4, 64, 32}, Shape{2, 12, 128, 128}, Shape{1, 4, 64, 256},
+                         Shape{3, 6, 64, 96}, Shape{1, 7, 80, 192}}) {
+    for (const bool rotate : {true, false}) {
+      LayerPolicy policy = mixed(Format::nvfp4, Format::int3, layered_policy(0.1, 0.02));
+      policy.rotate = rotate;
+      CaseOptions o{
+          .shape = {.kv_heads = s.kv, .q_heads = s.q, .head_dim_k = s.dk, .head_dim_v = s.dv},
+          .policy = policy,
+          .length = 330,
+          .queries = 2};
+      o.sink_logits = true;
+      o.scramble = true;
+      const std::string what = "D " + std::to_string(s.dv) + (rotate ? " rotated" : "");
+      expect_matches_reference(o, what);
+      o.mode = AttendMode::prefill;
+      expect_matches_reference(o, what + " prefill");
+    }
+  }
+}
+
+// The BF16 decode kernels read NVFP4 planes; a layer with another base on either side is the tile's,
+// whatever math is asked for.
+TEST(Attend, FastMathLeavesOtherBasesToTheTile) {
+  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3}, {Format::mxfp4, Format::nvfp4},
+                             {Format::bf16, Format::mxfp4}, {Format::int3, Format::bf16}}) {
+    CaseOptions o{.policy = mixed(k, v), .length = 330};
+    AttentionCase exact_math(o);
+    o.math = AttendMath::fast;
+    AttentionCase fast_math(o);
+    EXPECT_EQ(fast_math.attend(), exact_math.attend()) << to_string(k) << " " << to_string(v);
+  }
+}
+
 TEST(Attend, MatchesReferenceWithWindowSoftcapAndSinks) {
   for (int64_t window : {0, 50, 100, 256}) {
     for (float softcap : {0.0f, 4.0f}) {
       for (bool sinks : {false, true}) {
         for (const LayerPolicy& policy :
              {layered_policy(0.1, 0.02), sealed_policy(64, 64), plain_policy(Format::bf16),
-              mixed(Format::nvfp4x2, Format::nvfp4x2), budget_policy(0.3, BlockScore::oracle)}) {
+              mixed(Format::nvfp4x2, Format::nvfp4x2), budget_policy(0.3, BlockScore::oracle),
+              mixed(Format::mxfp4, Format::int3, layered_policy(0.1, 0.02))}) {
           CaseOptions o{.policy = policy, .length = 450, .queries = 5};
           o.shape.window = window;
           o.softcap = softcap;
@@ -86,7 +137,9 @@ TEST(Attend, MatchesReferenceAcrossSplits) {
 TEST(Attend, PrefillMatchesReference) {
   for (const LayerPolicy& policy :
        {layered_policy(0.02, 0.0003), sealed_policy(64, 64), plain_policy(Format::q8_0),
-        mixed(Format::nvfp4, Format::bf16)}) {
+        mixed(Format::nvfp4, Format::bf16),
+        mixed(Format::nvfp4, Format::int3, sealed_policy(64, 64)),
+        mixed(Format::mxfp4, Format::mxfp4, layered_policy(0.02, 0.0003))}) {
     CaseOptions o{.policy = policy, .length = 333, .queries = 150};
     o.mode = AttendMode::prefill;
     o.equalizer = true;
@@ -118,9 +171,10 @@ TEST(Attend, PromotionAndSkippingArePartial) {
 
 // Every query of a chunk reads what it would read if its token were decoded alone: bit for bit.
 TEST(Attend, ChunkOfQueriesEqualsDecodeBitwise) {
-  for (const LayerPolicy& policy : {layered_policy(0.1, 0.02), sealed_policy(64, 128),
-                                    plain_policy(Format::fp8_e4m3),
-                                    budget_policy(0.2, BlockScore::mean)}) {
+  for (const LayerPolicy& policy :
+       {layered_policy(0.1, 0.02), sealed_policy(64, 128), plain_policy(Format::fp8_e4m3),
+        budget_policy(0.2, BlockScore::mean),
+        mixed(Format::mxfp4, Format::int3, sealed_policy(64, 128))}) {
     CaseOptions o{.policy = policy, .length = 100, .queries = 300};
     AttentionCase chunk(o);
     const auto together = chunk.attend();
@@ -178,6 +232,14 @@ TEST(Attend, FormatErrorAgainstExactMath) {
       {layered_policy(1.0, 0.0), 3e-2, 0.9},
       {mixed(Format::nvfp4x2, Format::nvfp4x2), 1e-3, 4e-2},
       {layered_policy(0.02, 0.0), 1e-3, 0.2},
+      {plain_policy(Format::fp8_e5m2), 2e-2, 0.5},
+      {plain_policy(Format::fp6_e3m2), 2e-2, 0.5},
+      {plain_policy(Format::fp6_e2m3), 1e-2, 0.25},
+      {mixed(Format::mxfp4, Format::mxfp4, layered_policy(1.0, 0.0)), 5e-2, 1.2},
+      {mixed(Format::nvfp4, Format::int3, layered_policy(1.0, 0.0)), 5e-2, 1.0},
+      {mixed(Format::int3, Format::int3, layered_policy(1.0, 0.0)), 8e-2, 1.5},
+      // The residual brings each of them near to the fp4x2 tier.
+      {mixed(Format::mxfp4, Format::int3, layered_policy(0.02, 0.0)), 1e-3, 0.3},
   };
   for (const Bound& b : bounds) {
     CaseOptions o{.policy = b.policy, .length = 64 * 12 + 5, .queries = 4};
@@ -185,6 +247,24 @@ TEST(Attend, FormatErrorAgainstExactMath) {
     const double error = row_error(c.attend(), c.exact(), o.shape.head_dim_v);
     EXPECT_GE(error, b.low) << to_string(b.policy.k_format);
     EXPECT_LE(error, b.high) << to_string(b.policy.k_format);
+  }
+}
+
+// With every page promoted, base + residual is better than 8 bits whatever the base is.
+TEST(Attend, TheResidualIsOfTheBaseThatIsStored) {
+  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3},
+                             {Format::mxfp4, Format::mxfp4},
+                             {Format::int3, Format::int3}}) {
+    CaseOptions o{.policy = mixed(k, v, sealed_policy(0, 1 << 20)), .length = 64 * 6 + 5};
+    AttentionCase c(o);
+    AttendStats stats;
+    const double error = row_error(c.attend(&stats), c.exact(), o.shape.head_dim_v);
+    EXPECT_EQ(stats.promoted_fraction(), 1.0);
+    EXPECT_GT(error, 1e-3) << to_string(k);
+    EXPECT_LT(error, 0.1) << to_string(k);
+    o.policy = mixed(k, v, sealed_policy(0, 0));
+    AttentionCase base(o);
+    EXPECT_GT(row_error(base.attend(), base.exact(), o.shape.head_dim_v), 5 * error);
   }
 }
 
@@ -229,6 +309,18 @@ TEST(Attend, BitsReadFollowTheDecisions) {
   none.attend(&none_stats);
   EXPECT_EQ(none_stats.pages_skipped, 8);
   EXPECT_DOUBLE_EQ(none_stats.bits_read, stats.bits_read - 8 * 64 * 128 * 4.5);
+
+  // MXFP4: 4.25 bits. INT3: 3.25; its residual is an NVFP4 plane as any other.
+  o.policy = mixed(Format::mxfp4, Format::int3, layered_policy(1.0, 0.0));
+  AttentionCase mx(o);
+  AttendStats mx_stats;
+  mx.attend(&mx_stats);
+  EXPECT_DOUBLE_EQ(mx_stats.bits_read, stats.bits_read - 8 * 64 * 128 * (0.25 + 1.25));
+  o.policy = mixed(Format::mxfp4, Format::int3, sealed_policy(0, 1 << 20));
+  AttentionCase mx_full(o);
+  AttendStats mx_full_stats;
+  mx_full.attend(&mx_full_stats);
+  EXPECT_DOUBLE_EQ(mx_full_stats.bits_read, mx_stats.bits_read + 8 * 2 * 64 * 128 * 4.5);
 
   o.policy = plain_policy(Format::bf16);
   AttentionCase bf16(o);

@@ -66,7 +66,9 @@ TEST_F(PrefillFast, MatchesReferenceOverPolicies) {
        {layered_policy(0.02, 0.0003), sealed_policy(64, 128), sealed_policy(0, 0),
         plain_policy(Format::q8_0), plain_policy(Format::fp8_e4m3), plain_policy(Format::q4_0),
         mixed(Format::nvfp4, Format::bf16), mixed(Format::bf16, Format::nvfp4),
-        mixed(Format::nvfp4x2, Format::nvfp4x2)}) {
+        mixed(Format::nvfp4x2, Format::nvfp4x2), mixed(Format::nvfp4, Format::int3),
+        mixed(Format::mxfp4, Format::int3), plain_policy(Format::fp8_e5m2),
+        plain_policy(Format::fp6_e2m3)}) {
     for (int64_t length : {0, 65, 333}) {
       CaseOptions o = prefill(policy, length, 150);
       o.equalizer = true;

@@ -10,11 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "support/attention_case.h"
 #include "base/float_convert.h"
 #include "cache/kv_cache_impl.h"
 #include "cache/page_codec.h"
+#include "formats/k_transform.h"
 #include "formats/nvfp4.h"
+#include "support/attention_case.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn {
@@ -348,6 +349,88 @@ TEST(KvCache, LimitIsAnErrorWithTheBytesAndLosesNothing) {
   EXPECT_LE(cache.usage().total(), c.max_bytes + cache.usage().table_bytes);
   const SequenceId fresh_of_same = cache.fork(seq);
   EXPECT_EQ(content(cache, seq), content(cache, fresh_of_same));
+}
+
+// The residual of an int3 or mxfp4 side is NVFP4 of what that base leaves; V in int3 is stored
+// rotated.
+TEST(KvCache, EveryLayeredBaseKeepsItsResidual) {
+  const Tokens x(200);
+  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3},
+                             {Format::mxfp4, Format::int3},
+                             {Format::int3, Format::mxfp4}}) {
+    LayerPolicy policy = layered_policy(0.02, 0);
+    policy.k_format = k;
+    policy.v_format = v;
+    KvCache cache(config(policy, 1));
+    const SequenceId seq = cache.create();
+    feed(cache, seq, x, 0, 200);
+    const LayerView view = view_of(cache, seq);
+    const PageLayout& layout = view.store().layout;
+    EXPECT_EQ(layout.v.rotated, v == Format::int3);
+    EXPECT_EQ(layout.residual_bytes, 2 * 64 * (32 + 4));
+    const uint8_t* head = view.head(1, 0);
+    std::vector<float> base(64 * 64), res(64 * 64), want(64 * 64);
+    for (bool is_k : {true, false}) {
+      const SideLayout& side = is_k ? layout.k : layout.v;
+      decode_base(layout, side, head, base.data());
+      decode_residual(layout, side, head, view.residual(1, 0), res.data());
+      const auto* mean = reinterpret_cast<const uint16_t*>(head + side.mean);
+      equalize_rotate_rows(rows(is_k ? x.k : x.v, 64, 64).row(0, 0), 2 * 64, 64, 64, nullptr, false,
+                           side.rotated, want.data(), 64);
+      double err_base = 0, err_both = 0, norm = 0;
+      for (size_t i = 0; i < want.size(); ++i) {
+        const double w = static_cast<double>(want[i]) - bf16_to_f32(mean[i % 64]);
+        err_base += (base[i] - w) * (base[i] - w);
+        err_both += (base[i] + res[i] - w) * (base[i] + res[i] - w);
+        norm += w * w;
+      }
+      const double relative = std::sqrt(err_base / norm);
+      const bool int3 = side.format == Format::int3;
+      EXPECT_GT(relative, int3 ? 0.15 : 0.06) << to_string(side.format);
+      EXPECT_LT(relative, int3 ? 0.24 : 0.15) << to_string(side.format);
+      EXPECT_LT(std::sqrt(err_both / norm), int3 ? 0.03 : 0.015) << to_string(side.format);
+      const PageMeta& meta = page_meta(layout, head);
+      EXPECT_NEAR(is_k ? meta.k_error : meta.v_error, std::sqrt(err_base / 4096), 0.02);
+    }
+  }
+}
+
+TEST(KvCache, GroupsNeedTheirMultipleOfHeadDim) {
+  for (const Format f : {Format::mxfp4, Format::int3, Format::q8_0}) {
+    KvCacheConfig c = config(plain_policy(f), 1);
+    c.layers[0].head_dim_k = 80;
+    expect_error(ErrorCode::unsupported, "multiple of 32, got 80", [&] { KvCache cache(c); });
+  }
+}
+
+// What `max-savings` and its MX variant promise at 128 K, head_dim 128, everything counted, from
+// the allocator: one KV head here, whose share of the tables is the largest there can be.
+TEST(KvCache, MaxSavingsStoresUnder4And1Quarter) {
+  constexpr int64_t kContext = 131072, kStep = 8192;
+  const LayerShape shape{.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
+  std::vector<float> x(static_cast<size_t>(kStep * 128));
+  std::mt19937 rng(1);
+  for (float& v : x) v = static_cast<float>(rng() % 2001) / 1000.0f - 1.0f;
+  const auto step = TensorView<const float>::dense(x.data(), kStep, 1, 128);
+  for (const auto& [name, bits] : {std::pair{"max-savings", 4.25}, {"max-savings-mx", 4.125}}) {
+    KvCache cache({.layers = {shape}, .policy = resolve(preset(name), {.layers = 1})});
+    const SequenceId seq = cache.create();
+    for (int64_t at = 0; at < kContext; at += kStep) {
+      cache.begin_step(seq, kStep);
+      cache.append(seq, 0, step, step);
+      cache.commit(seq);
+    }
+    EXPECT_LE(cache.bits_stored_per_element(), bits) << name;
+    EXPECT_GE(cache.bits_stored_per_element(), bits - 0.1) << name;
+    // Sinks and recent keep their residuals: 1 + 8 pages.
+    EXPECT_EQ(cache.usage().residual_pages, 9);
+    // With eight KV heads nothing but the tables' share changes, and that shrinks.
+    LayerShape eight = shape;
+    eight.kv_heads = eight.q_heads = 8;
+    const PageLayout layout = make_page_layout(eight, cache.config().policy[0]);
+    EXPECT_EQ(layout.head_bytes * (kContext / kPageTokens),
+              cache.usage().base_bytes + cache.usage().summary_bytes);
+  }
 }
 
 // Stored bits from the allocator, everything counted, against the formats' arithmetic.

@@ -1,6 +1,8 @@
 // The commands on a small random model: what goes to which stream, in which form.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -39,7 +41,8 @@ TEST_F(CliCommands, HelpAndVersion) {
                                              {"run", "--help"},
                                              {"eval", "--help"},
                                              {"calibrate", "--help"},
-                                             {"policies", "--help"}}) {
+                                             {"policies", "--help"},
+                                             {"formats", "--help"}}) {
     const Outcome r = box_.run(args);
     EXPECT_EQ(r.code, 0);
     EXPECT_EQ(r.err, "");
@@ -165,7 +168,8 @@ TEST_F(CliCommands, CalibrateOnceThenAgainByForce) {
 TEST_F(CliCommands, Policies) {
   const Outcome all = box_.run({"policies"});
   EXPECT_EQ(all.code, 0) << all.err;
-  for (const char* name : {"f32", "exact", "thrifty", "balanced", "swift", "paper-budget"}) {
+  for (const char* name : {"f32", "exact", "thrifty", "balanced", "swift", "max-savings",
+                           "max-savings-mx", "paper-budget"}) {
     EXPECT_NE(all.out.find(std::string(name) + "\n"), std::string::npos) << name;
   }
   const Outcome one = box_.run({"policies", "balanced", "-m", model_});
@@ -174,6 +178,47 @@ TEST_F(CliCommands, Policies) {
   const std::string file = box_.write("mine.json", text.out);
   const Outcome again = box_.run({"policies", "@" + file, "-o", "json"});
   EXPECT_EQ(json::parse(again.out)["rules"], json::parse(text.out)["rules"]);
+}
+
+// The ladder: every format, with errors that lie between known bounds and fall with the bits.
+TEST_F(CliCommands, Formats) {
+  const Outcome table = box_.run({"formats"});
+  EXPECT_EQ(table.code, 0) << table.err;
+  EXPECT_TRUE(table.out.starts_with("page format version 1; "));
+  const std::string docs = Sandbox::read(std::string(THRIFTATTN_SOURCE_DIR) + "/docs/formats.md");
+  EXPECT_NE(docs.find("\n" + table.out), std::string::npos) << "docs/formats.md has another ladder";
+  const json all = json::parse(box_.run({"formats", "-o", "json"}).out);
+  EXPECT_EQ(all["page_format_version"], 1);
+  EXPECT_EQ(all["formats"].size(), 13u);
+  std::map<std::string, json> by_name;
+  for (const json& row : all["formats"]) {
+    const std::string name = row["format"];
+    by_name[name] = row;
+    EXPECT_NE(table.out.find("\n" + name + " "), std::string::npos) << name;
+    EXPECT_EQ(row["rms_student_t3_rotated"].is_null(), !row["layered"].get<bool>()) << name;
+  }
+  const auto error = [&](const char* name, const char* key) {
+    return by_name.at(name)[key].get<double>();
+  };
+  EXPECT_EQ(error("f32", "rms_gaussian"), 0.0);
+  const std::vector<const char*> worse = {"fp16",     "bf16", "q8_0",  "nvfp4x2", "fp8_e4m3",
+                                          "fp8_e5m2", "q4_0", "nvfp4", "mxfp4",   "int3"};
+  for (size_t i = 1; i < worse.size(); ++i) {
+    EXPECT_GT(error(worse[i], "rms_gaussian"), error(worse[i - 1], "rms_gaussian")) << worse[i];
+  }
+  EXPECT_NEAR(error("nvfp4", "rms_gaussian"), 0.0875, 0.0015);
+  EXPECT_NEAR(error("q4_0", "rms_gaussian"), 0.0862, 0.0015);
+  EXPECT_NEAR(error("fp8_e4m3", "rms_gaussian"), 0.0258, 0.0005);
+  // Heavy tails cost the integers most; the rotation takes that back.
+  EXPECT_GT(error("q4_0", "rms_student_t3"), 1.3 * error("q4_0", "rms_gaussian"));
+  EXPECT_LT(error("int3", "rms_student_t3_rotated"), 0.9 * error("int3", "rms_student_t3"));
+  EXPECT_EQ(by_name.at("int3")["bits_per_element"], 3.25);
+
+  const std::string csv = box_.run({"formats", "-o", "csv"}).out;
+  EXPECT_TRUE(csv.starts_with("page_format_version,format,aliases,bits_per_element,"));
+  EXPECT_NE(csv.find("\n1,q8_0,int8,8.5,8,1,32,"), std::string::npos) << csv;
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 14);
+  EXPECT_EQ(box_.run({"formats", "-o", "yaml"}).code, 2);
 }
 
 TEST(Utf8Stream, HoldsHalfCharacters) {

@@ -120,6 +120,74 @@ TEST(FloatConvert, E4m3Golden) {
   EXPECT_EQ(f32_to_e4m3(1.1875f), 0x3a);        // tie
 }
 
+// The definition: 2^(e - bias) (1 + m / 2^M), 2^(1 - bias) m / 2^M where e is 0.
+template <class Float>
+void check_small_float(int exponent_bits, int mantissa_bits, float largest) {
+  check_rounding([](float x) { return uint32_t{Float::encode(x)}; },
+                 [](uint32_t c) { return Float::decode(c); }, Float::kLast, Float::kSign);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  for (uint32_t c = 0; c <= Float::kLast; ++c) {
+    const int e = static_cast<int>(c >> mantissa_bits);
+    const double m = c & ((1u << mantissa_bits) - 1);
+    const double one = std::ldexp(1.0, mantissa_bits);
+    const double value = e == 0 ? std::ldexp(m, 1 - bias - mantissa_bits)
+                                : std::ldexp(one + m, e - bias - mantissa_bits);
+    ASSERT_EQ(Float::decode(c), value) << c;
+  }
+  EXPECT_EQ(Float::kMax, largest);
+  EXPECT_EQ(Float::encode(2 * largest), Float::kLast);
+  EXPECT_EQ(Float::encode(-std::numeric_limits<float>::infinity()), Float::kSign | Float::kLast);
+  EXPECT_EQ(Float::encode(-0.0f), Float::kSign);
+  EXPECT_EQ(Float::encode(1e-40f), 0);
+}
+
+TEST(FloatConvert, Fp8AndFp6EveryCode) {
+  check_small_float<E4m3>(4, 3, 448.0f);
+  check_small_float<E5m2>(5, 2, 57344.0f);
+  check_small_float<E3m2>(3, 2, 28.0f);
+  check_small_float<E2m3>(2, 3, 7.5f);
+}
+
+// E5M2 is the upper half of FP16, its infinity and NaN included.
+TEST(FloatConvert, E5m2IsHalfOfFp16) {
+  for (uint32_t c = 0; c < 256; ++c) {
+    const float half = fp16_to_f32(static_cast<uint16_t>(c << 8));
+    const float value = E5m2::decode(c);
+    if (std::isnan(half)) {
+      EXPECT_TRUE(std::isnan(value)) << c;
+    } else {
+      EXPECT_EQ(value, half) << c;
+    }
+  }
+  EXPECT_EQ(E5m2::encode(std::numeric_limits<float>::quiet_NaN()) & 0x7f, 0x7f);
+}
+
+TEST(FloatConvert, Fp8AndFp6Golden) {
+  EXPECT_EQ(E5m2::encode(1.0f), 0x3c);
+  EXPECT_EQ(E5m2::encode(-1.75f), 0xbf);
+  EXPECT_EQ(E5m2::encode(1.125f), 0x3c);  // tie
+  EXPECT_EQ(E5m2::encode(0x1p-16f), 0x01);
+  EXPECT_EQ(E5m2::encode(61440.0f), 0x7b);  // would round to infinity: saturates
+  EXPECT_EQ(E3m2::encode(1.0f), 0x0c);
+  EXPECT_EQ(E3m2::encode(-28.0f), 0x3f);
+  EXPECT_EQ(E3m2::encode(0.0625f), 0x01);
+  EXPECT_EQ(E3m2::encode(0.03125f), 0x00);  // tie
+  EXPECT_EQ(E3m2::encode(0.21875f), 0x04);  // tie, subnormal to normal
+  EXPECT_EQ(E2m3::encode(1.0f), 0x08);
+  EXPECT_EQ(E2m3::encode(7.5f), 0x1f);
+  EXPECT_EQ(E2m3::encode(-0.125f), 0x21);
+  EXPECT_EQ(E2m3::encode(0.9375f), 0x08);  // tie, subnormal to normal
+  EXPECT_EQ(E2m3::encode(std::numeric_limits<float>::quiet_NaN()) & 0x1f, 0x1f);
+}
+
+TEST(FloatConvert, E8m0EveryCode) {
+  for (int c = 0; c < 255; ++c) {
+    EXPECT_EQ(e8m0_to_f32(static_cast<uint8_t>(c)), std::ldexp(1.0f, c - 127));
+    EXPECT_EQ(kE8m0Values[static_cast<size_t>(c)], std::ldexp(1.0f, c - 127));
+  }
+  EXPECT_TRUE(std::isnan(e8m0_to_f32(255)));
+}
+
 TEST(FloatConvert, E2m1EveryCode) {
   check_rounding([](float x) { return uint32_t{f32_to_e2m1(x)}; },
                  [](uint32_t c) { return e2m1_to_f32(static_cast<uint8_t>(c)); }, 7, 8);

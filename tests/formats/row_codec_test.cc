@@ -19,8 +19,11 @@ namespace {
 using test::for_each_target;
 using Bytes = std::vector<uint8_t>;
 
-constexpr Format kPlain[] = {Format::f32,      Format::bf16, Format::fp16,
-                             Format::fp8_e4m3, Format::q8_0, Format::q4_0};
+constexpr Format kPlain[] = {Format::f32,      Format::bf16,     Format::fp16,
+                             Format::fp8_e4m3, Format::fp8_e5m2, Format::fp6_e3m2,
+                             Format::fp6_e2m3, Format::q8_0,     Format::q4_0};
+
+bool has_row_scale(Format f) { return format_info(f).group == kGroupRow; }
 
 Bytes encode_scalar(Format f, const std::vector<float>& x) {
   Bytes out(static_cast<size_t>(row_bytes(f, static_cast<int64_t>(x.size()))));
@@ -40,6 +43,9 @@ TEST(RowCodec, RowBytes) {
   EXPECT_EQ(row_bytes(Format::bf16, 128), 256);
   EXPECT_EQ(row_bytes(Format::fp16, 80), 160);
   EXPECT_EQ(row_bytes(Format::fp8_e4m3, 128), 132);
+  EXPECT_EQ(row_bytes(Format::fp8_e5m2, 128), 132);
+  EXPECT_EQ(row_bytes(Format::fp6_e3m2, 128), 100);
+  EXPECT_EQ(row_bytes(Format::fp6_e2m3, 80), 64);
   EXPECT_EQ(row_bytes(Format::q8_0, 128), 136);
   EXPECT_EQ(row_bytes(Format::q4_0, 128), 72);
   EXPECT_THROW(row_bytes(Format::q8_0, 80), Error);
@@ -47,6 +53,9 @@ TEST(RowCodec, RowBytes) {
   EXPECT_THROW(row_bytes(Format::bf16, 0), Error);
   EXPECT_THROW(row_bytes(Format::nvfp4, 128), Error);
   EXPECT_THROW(row_bytes(Format::nvfp4x2, 128), Error);
+  EXPECT_THROW(row_bytes(Format::mxfp4, 128), Error);
+  EXPECT_THROW(row_bytes(Format::int3, 128), Error);
+  EXPECT_THROW(row_bytes(Format::fp6_e3m2, 6), Error);
   try {
     row_bytes(Format::q8_0, 80);
   } catch (const Error& e) {
@@ -61,11 +70,26 @@ TEST(RowCodec, GoldenFp8) {
   EXPECT_EQ(got, (Bytes{0x00, 0x00, 0x00, 0x40, 0x7e, 0x38, 0xb0, 0x00, 0x38, 0xfe}));
 }
 
+// amax is twice the largest code: scale 2.0. FP6 has code i from bit 6 i of 24.
+TEST(RowCodec, GoldenE5m2AndFp6) {
+  EXPECT_EQ(encode_scalar(Format::fp8_e5m2, {114688.0f, 2.0f, -1.0f, 0.0f, 2.25f}),
+            (Bytes{0x00, 0x00, 0x00, 0x40, 0x7b, 0x3c, 0xb8, 0x00, 0x3c}));
+  // 0x1f, 0x0c, 0x28, 0x20 -> 0x1f | 0x0c << 6 | 0x28 << 12 | 0x20 << 18 = 0x82831f
+  EXPECT_EQ(encode_scalar(Format::fp6_e3m2, {56.0f, 2.0f, -1.0f, -0.0f, -56.0f, 0, 0, 0}),
+            (Bytes{0x00, 0x00, 0x00, 0x40, 0x1f, 0x83, 0x82, 0x3f, 0x00, 0x00}));
+  // 0x1f, 0x08, 0x24, 0x01 -> 0x06421f
+  EXPECT_EQ(encode_scalar(Format::fp6_e2m3, {15.0f, 2.0f, -1.0f, 0.25f}),
+            (Bytes{0x00, 0x00, 0x00, 0x40, 0x1f, 0x42, 0x06}));
+}
+
 TEST(RowCodec, ZeroAndSubnormalRowsHaveScaleOne) {
-  for (const float v : {0.0f, -0.0f, 1e-40f, 1e-37f}) {
-    const Bytes got = encode_scalar(Format::fp8_e4m3, {v, v});
-    EXPECT_EQ(Bytes(got.begin(), got.begin() + 4), (Bytes{0x00, 0x00, 0x80, 0x3f}));
-    EXPECT_EQ(got[4] & 0x7f, 0);
+  for (const float v : {0.0f, -0.0f, 1e-40f, 5e-38f}) {
+    for (const Format f : kPlain) {
+      if (!has_row_scale(f)) continue;
+      const Bytes got = encode_scalar(f, {v, v, v, v});
+      EXPECT_EQ(Bytes(got.begin(), got.begin() + 4), (Bytes{0x00, 0x00, 0x80, 0x3f}));
+      for (const float y : decode_scalar(f, got, 4)) EXPECT_EQ(y, 0.0f);
+    }
   }
   // The smallest row that keeps a scale of its own.
   const Bytes got = encode_scalar(Format::fp8_e4m3, {448 * 0x1p-126f});
@@ -186,6 +210,9 @@ TEST(RowCodec, ErrorBoundsOnGaussian) {
                           {Format::bf16, 0.00163, 0.00170},
                           {Format::fp16, 0.000204, 0.000213},
                           {Format::fp8_e4m3, 0.0254, 0.0262},
+                          {Format::fp8_e5m2, 0.0508, 0.0524},
+                          {Format::fp6_e3m2, 0.0508, 0.0540},
+                          {Format::fp6_e2m3, 0.0250, 0.0340},
                           {Format::q8_0, 0.00530, 0.00546},
                           {Format::q4_0, 0.0850, 0.0874}};
   const int64_t rows = 512, dim = 128;
@@ -234,7 +261,7 @@ TEST(RowCodec, SimdDecodesTheSameBits) {
       const int64_t out_stride = dim + 2;
       Bytes in(static_cast<size_t>(rows * in_stride + 1));
       for (uint8_t& b : in) b = static_cast<uint8_t>(rng());
-      for (int64_t r = 0; r < rows && f == Format::fp8_e4m3; ++r) {  // scales are never NaN
+      for (int64_t r = 0; r < rows && has_row_scale(f); ++r) {  // scales are never NaN
         const float scale = 0.37f * static_cast<float>(r + 1);
         std::memcpy(&in[static_cast<size_t>(1 + r * in_stride)], &scale, sizeof(scale));
       }
@@ -279,6 +306,23 @@ TEST(RowCodec, SimdDecodesEveryCode) {
     decode_rows(Format::fp8_e4m3, fp8.data(), 0, 1, 256, got.data(), 0);
     for (uint32_t i = 0; i < 256; ++i) want[i] = e4m3_to_f32(static_cast<uint8_t>(i));
     EXPECT_TRUE(test::same_bits(got, want));
+    decode_rows(Format::fp8_e5m2, fp8.data(), 0, 1, 256, got.data(), 0);
+    for (uint32_t i = 0; i < 256; ++i) want[i] = E5m2::decode(i);
+    EXPECT_TRUE(test::same_bits(got, want));
+    for (const Format f : {Format::fp6_e3m2, Format::fp6_e2m3}) {
+      Bytes fp6(4 + 48);  // every code of 6 bits, in order
+      std::memcpy(fp6.data(), &one, 4);
+      for (size_t bit = 0; bit < 384; ++bit) {
+        if (bit / 6 >> bit % 6 & 1) fp6[4 + bit / 8] |= static_cast<uint8_t>(1u << bit % 8);
+      }
+      got.resize(64);
+      want.resize(64);
+      decode_rows(f, fp6.data(), 0, 1, 64, got.data(), 0);
+      for (uint32_t i = 0; i < 64; ++i) {
+        want[i] = f == Format::fp6_e3m2 ? E3m2::decode(i) : E2m3::decode(i);
+      }
+      EXPECT_TRUE(test::same_bits(got, want));
+    }
   });
 }
 
@@ -314,6 +358,42 @@ TEST(RowCodec, SimdRoundsEveryTie) {
     encode_rows(Format::fp8_e4m3, y.data(), 1, static_cast<int64_t>(y.size()), 0, fp8.data(), 0);
     for (size_t i = 0; i < y.size(); ++i) ASSERT_EQ(fp8[4 + i], f32_to_e4m3(y[i])) << y[i];
   });
+}
+
+// Every midpoint of a small float, its two neighbours and the values themselves, in rows whose
+// scale is 1.
+template <class Float>
+void check_ties(Format f) {
+  std::vector<float> x;
+  for (uint32_t c = 0; c < Float::kLast; ++c) {
+    const float middle = (Float::decode(c) + Float::decode(c + 1)) / 2;
+    for (const float v :
+         {Float::decode(c), middle, std::nextafter(middle, 0.0f), std::nextafter(middle, 1e9f)}) {
+      x.push_back(v);
+      x.push_back(-v);
+    }
+  }
+  x.resize((x.size() / 4 + 1) * 4, Float::kMax);
+  x.back() = -Float::kMax;
+  x.push_back(Float::kMax);
+  x.resize((x.size() + 3) / 4 * 4, 0.0f);
+  for_each_target([&] {
+    Bytes got(static_cast<size_t>(row_bytes(f, static_cast<int64_t>(x.size()))));
+    encode_rows(f, x.data(), 1, static_cast<int64_t>(x.size()), 0, got.data(), 0);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const size_t bit = 32 + i * Float::kBits;
+      const uint32_t two = got[bit / 8] | (bit / 8 + 1 < got.size() ? got[bit / 8 + 1] << 8 : 0);
+      const uint32_t code = two >> bit % 8 & ((1u << Float::kBits) - 1);
+      ASSERT_EQ(code, Float::encode(x[i])) << format_info(f).name << " " << x[i];
+    }
+  });
+}
+
+TEST(RowCodec, SimdRoundsEveryTieOfSmallFloats) {
+  check_ties<E4m3>(Format::fp8_e4m3);
+  check_ties<E5m2>(Format::fp8_e5m2);
+  check_ties<E3m2>(Format::fp6_e3m2);
+  check_ties<E2m3>(Format::fp6_e2m3);
 }
 
 TEST(RowCodec, RangeMaxIsStoredAsFinite) {

@@ -13,7 +13,8 @@ using testing::HasSubstr;
 const std::vector<bool> kAlternating = {true, false, true, false};
 
 TEST(Resolve, SlidingWindowLayersDefaultToTwoPlanes) {
-  for (const char* text : {"balanced", "thrifty", "paper-budget"}) {
+  for (const char* text :
+       {"balanced", "thrifty", "max-savings", "max-savings-mx", "paper-budget"}) {
     const auto layers = layers_of(text, 4, kAlternating);
     for (size_t l : {0, 2}) {
       EXPECT_EQ(layers[l].k_format, Format::nvfp4x2) << text;
@@ -41,6 +42,9 @@ TEST(Resolve, ExplicitSlidingWindowRulesOverride) {
   layers = layers_of("thrifty,sliding_window:nvfp4", 4, kAlternating);
   EXPECT_EQ(layers[0], layers[1]);
   EXPECT_EQ(layers[0].residency, Residency::dropped);
+  layers = layers_of("max-savings,sliding_window:int3", 4, kAlternating);
+  EXPECT_EQ(layers[0].k_format, Format::int3);
+  EXPECT_EQ(layers[1].k_format, Format::nvfp4);
   // One side explicit, the other by default.
   layers = layers_of("balanced,sliding_window:k=bf16", 4, kAlternating);
   EXPECT_EQ(layers[0].k_format, Format::bf16);
@@ -112,6 +116,18 @@ TEST(Resolve, OneResidualServesKAndV) {
   EXPECT_THAT(resolve_error("balanced,v=nvfp4x2", ErrorCode::unsupported),
               HasSubstr("nvfp4 and nvfp4x2 cannot be mixed"));
   EXPECT_THAT(resolve_error("thrifty,k=nvfp4x2", ErrorCode::unsupported), HasSubstr("layer 0"));
+  EXPECT_THAT(resolve_error("max-savings,k=nvfp4x2", ErrorCode::unsupported),
+              HasSubstr("int3 and nvfp4x2 cannot be mixed"));
+  EXPECT_THAT(resolve_error("max-savings-mx,v=nvfp4x2", ErrorCode::unsupported),
+              HasSubstr("mxfp4 and nvfp4x2 cannot be mixed"));
+  // Formats whose residual the policy decides on mix freely, with each other and with plain ones.
+  for (const char* k : {"nvfp4", "mxfp4", "int3", "bf16", "fp6_e2m3"}) {
+    for (const char* v : {"nvfp4", "mxfp4", "int3"}) {
+      const std::string text = std::string("balanced,k=") + k + ",v=" + v;
+      EXPECT_EQ(layers_of(text)[0].v_format, parse_format(v)) << text;
+      EXPECT_EQ(layers_of(text)[0].skip, 0.0003) << text;
+    }
+  }
   EXPECT_NO_THROW(layers_of("k=nvfp4x2,v=bf16"));
   EXPECT_NO_THROW(layers_of("balanced,k=bf16"));
 }
@@ -138,6 +154,13 @@ TEST(Resolve, SettingsThatWouldBeIgnoredAreErrors) {
   EXPECT_THAT(resolve_error("balanced,k=bf16,rotate=false"), HasSubstr("it acts on K"));
   EXPECT_THAT(resolve_error("thrifty,v=bf16,skip=0.001"), HasSubstr("only V in nvfp4"));
   EXPECT_THAT(resolve_error("*:nvfp4x2,skip=0.001"), HasSubstr("only V in nvfp4"));
+  EXPECT_THAT(resolve_error("max-savings,k=fp8,equalize=false"), HasSubstr("it acts on K"));
+  EXPECT_THAT(resolve_error("thrifty,k=fp8,rotate=true"), HasSubstr("and on V in int3"));
+  // V in int3 is rotated whatever K is.
+  EXPECT_FALSE(layers_of("max-savings,k=fp8,rotate=false")[0].rotate);
+  EXPECT_TRUE(layers_of("max-savings,k=fp8")[0].rotate);
+  EXPECT_FALSE(layers_of("max-savings,k=fp8")[0].equalize);
+  EXPECT_FALSE(layers_of("thrifty,k=fp8")[0].rotate);
   EXPECT_THAT(resolve_error("*:nvfp4x2,promote=0.1"), HasSubstr("always keeps"));
   EXPECT_THAT(resolve_error("balanced,budget=0.1"), HasSubstr("rule=budget"));
   EXPECT_THAT(resolve_error("balanced,score=oracle"), HasSubstr("rule=budget"));
@@ -306,6 +329,11 @@ TEST(Explain, SaysWhatHasNoEffect) {
   EXPECT_THAT(explain(layers_of("balanced,rotate=false,equalize=false,center=false,skip=0")),
               HasSubstr("K as it is; V as it is"));
   EXPECT_THAT(explain(layers_of("thrifty,v=bf16")), HasSubstr("K NVFP4, V BF16"));
+  const std::string savings = explain(layers_of("max-savings"));
+  EXPECT_THAT(savings, HasSubstr("K NVFP4, V INT3; K equalised"));
+  EXPECT_THAT(savings, HasSubstr("V rotated and centred by page; sealed"));
+  EXPECT_THAT(savings, HasSubstr("V codes not read for pages of mass up to 0.0003"));
+  EXPECT_THAT(explain(layers_of("max-savings-mx")), HasSubstr("K MXFP4, V INT3"));
 }
 
 }  // namespace

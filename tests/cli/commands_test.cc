@@ -39,7 +39,8 @@ TEST_F(CliCommands, HelpAndVersion) {
                                              {"run", "--help"},
                                              {"eval", "--help"},
                                              {"calibrate", "--help"},
-                                             {"policies", "--help"}}) {
+                                             {"policies", "--help"},
+                                             {"bench", "--help"}}) {
     const Outcome r = box_.run(args);
     EXPECT_EQ(r.code, 0);
     EXPECT_EQ(r.err, "");

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <tbb/parallel_for.h>
 
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -50,22 +51,30 @@ TEST(PinnedThreads, EachOnItsOwnCore) {
   PinnedThreads threads(0);
   EXPECT_EQ(threads.count(), static_cast<int>(distinct_cores().size()));
   std::mutex mutex;
-  std::map<std::thread::id, std::set<int>> seen;
+  std::map<std::thread::id, int> cpus;
+  const auto count = static_cast<size_t>(threads.count());
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   threads.run([&] {
-    tbb::parallel_for(0, 2000, [&](int) {
+    // No thread leaves before all have come.
+    tbb::parallel_for(size_t{0}, 4 * count, [&](size_t) {
       cpu_set_t mine;
       sched_getaffinity(0, sizeof mine, &mine);
-      const std::lock_guard lock(mutex);
-      EXPECT_EQ(CPU_COUNT(&mine), 1);
-      seen[std::this_thread::get_id()].insert(sched_getcpu());
+      size_t seen = 0;
+      while (seen < count && std::chrono::steady_clock::now() < deadline) {
+        {
+          const std::lock_guard lock(mutex);
+          EXPECT_EQ(CPU_COUNT(&mine), 1);
+          cpus[std::this_thread::get_id()] = sched_getcpu();
+          seen = cpus.size();
+        }
+        std::this_thread::yield();
+      }
     });
   });
+  EXPECT_EQ(cpus.size(), count);
   std::set<int> all;
-  for (const auto& [id, cpus] : seen) {
-    EXPECT_EQ(cpus.size(), 1u);
-    all.insert(*cpus.begin());
-  }
-  EXPECT_EQ(all.size(), seen.size());  // no core twice
+  for (const auto& [id, cpu] : cpus) all.insert(cpu);
+  EXPECT_EQ(all.size(), cpus.size());  // no core twice
   sched_getaffinity(0, sizeof after, &after);
   EXPECT_TRUE(CPU_EQUAL(&before, &after));  // given back
   EXPECT_THROW(PinnedThreads(100000), Error);

@@ -11,6 +11,8 @@
 #include <chrono>
 #include <new>
 
+#include "base/cpu_info.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "bench/peak_meter.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -105,8 +107,6 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 #if HWY_ARCH_X86
-bool has_bf16_dot() { return __builtin_cpu_supports("avx512bf16") != 0; }
-
 // Highway 1.0 has no such operation, so this one function names its instruction.
 __attribute__((target("avx512f,avx512bf16"))) float dot_chains(int64_t iterations,
                                                                const float* starts) {
@@ -124,7 +124,6 @@ __attribute__((target("avx512f,avx512bf16"))) float dot_chains(int64_t iteration
 }
 constexpr double kDotFlops = 64;
 #else
-bool has_bf16_dot() { return false; }
 float dot_chains(int64_t, const float*) { return 0.0f; }
 constexpr double kDotFlops = 0;
 #endif
@@ -217,7 +216,7 @@ double PeakMeter::fp32_gflops() {
 }
 
 std::optional<double> PeakMeter::bf16_gflops() {
-  if (!has_bf16_dot()) return std::nullopt;
+  if (!cpu_has_avx512_bf16()) return std::nullopt;
   return gflops_of(threads_, kChains * kDotFlops, dot_chains);
 }
 

@@ -36,7 +36,7 @@ class BenchCase {
 
   // Milliseconds of one batch: of the mean one where several make a sample.
   double sample();
-  // What the queries of one batch read and found, over the whole rotation. Empty for append.
+  // What the queries of the counted batches read and found. Empty for append.
   const AttendStats& stats() const { return stats_; }
   // Bytes that one query reads (all KV heads, the whole batch); for append, of the input.
   double bytes_read() const;
@@ -52,7 +52,7 @@ class BenchCase {
   KvCache cache_;
   std::vector<SequenceId> sequences_;  // [rotation][batch]
   bool checked_ = false;               // whether the fractions found are those of the data
-  int64_t rotation_ = 1, next_ = 0, batches_of_sample_ = 1;
+  int64_t rotation_ = 1, counted_ = 1, next_ = 0, batches_of_sample_ = 1;
   std::vector<float> k_, v_, q_, out_;
   AttendStats stats_;
 };

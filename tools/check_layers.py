@@ -10,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-LAYERS = ["base", "formats", "policy", "cache", "precision", "plan", "attend", "engine", "cli"]
+LAYERS = ["base", "formats", "policy", "cache", "precision", "plan", "attend", "bench", "engine",
+          "cli"]
 RANK = {name: i for i, name in enumerate(LAYERS)}
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.M)
 MAX_LINES = 800

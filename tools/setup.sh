@@ -9,6 +9,7 @@ packages="
   libhwy-dev libtbb-dev libfmt-dev nlohmann-json3-dev
   libdnnl-dev ocl-icd-opencl-dev libpcre2-dev libxxhash-dev libcli11-dev
   libgtest-dev libgmock-dev
+  libstdc++-12-dev-arm64-cross
 "
 
 fail() {

@@ -11,6 +11,7 @@ void add_eval_command(CLI::App& app);
 void add_calibrate_command(CLI::App& app);
 void add_policies_command(CLI::App& app);
 void add_formats_command(CLI::App& app);
+void add_bench_command(CLI::App& app);
 
 // The whole program: parses, runs, prints; returns the exit code.
 int run_program(int argc, const char* const* argv);

@@ -51,6 +51,7 @@ int run_program(int argc, const char* const* argv) {
     add_calibrate_command(app);
     add_policies_command(app);
     add_formats_command(app);
+    add_bench_command(app);
 
     std::vector<std::string> arguments;  // CLI11 takes them last first
     for (int i = argc - 1; i > 0; --i) arguments.push_back(with_two_dashes(argv[i]));
@@ -58,7 +59,7 @@ int run_program(int argc, const char* const* argv) {
       app.parse(arguments);
       if (app.get_subcommands().empty()) {
         throw UsageError(
-            "no command: give run, eval, calibrate, policies or formats; see 'thriftattn --help'");
+            "no command: give run, eval, bench, calibrate, policies or formats; see 'thriftattn --help'");
       }
     } catch (const CLI::Success& success) {  // --help, --version
       exit_code = app.exit(success);

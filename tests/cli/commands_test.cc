@@ -42,7 +42,8 @@ TEST_F(CliCommands, HelpAndVersion) {
                                              {"eval", "--help"},
                                              {"calibrate", "--help"},
                                              {"policies", "--help"},
-                                             {"formats", "--help"}}) {
+                                             {"formats", "--help"},
+                                             {"bench", "--help"}}) {
     const Outcome r = box_.run(args);
     EXPECT_EQ(r.code, 0);
     EXPECT_EQ(r.err, "");

@@ -125,7 +125,9 @@ Step::Step(const Model& model, KvCache& cache, SequenceId sequence, int64_t toke
   const int64_t first = cache.length(sequence);
   for (int64_t i = 0; i < config_.layer_count(); ++i) {
     RopeTable& table = ropes_[model.rope_table(i)];
-    if (table.pairs == 0) table = RopeTable(model.rope_frequencies(i), first, tokens);
+    if (table.pairs != 0) continue;
+    table = RopeTable(model.rope_frequencies(i), first, tokens,
+                      rope_magnitude(config_.layers[static_cast<size_t>(i)].rope));
   }
 }
 

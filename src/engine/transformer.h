@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct GgufTensor;
 
 struct ModelOptions {
   ComputeType compute = ComputeType::f32;
+  std::optional<RopeOverride> rope = std::nullopt;  // instead of the file's own scaling
 };
 
 // Weights of one layer. Vectors are empty where the family has none.

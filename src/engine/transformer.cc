@@ -280,6 +280,9 @@ void forward(const Model& model, KvCache& cache, SequenceId sequence,
     cache.begin_step(sequence, count);
     try {
       for (int64_t i = 0; i < model.config().layer_count(); ++i) {
+        if (options.cancelled && options.cancelled()) {
+          throw Error(ErrorCode::cancelled, "the step was cancelled; nothing of it is stored");
+        }
         step.attention(i);
         step.feed_forward(i);
       }

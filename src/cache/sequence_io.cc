@@ -27,11 +27,8 @@ struct LayerHead {
 static_assert(sizeof(LayerHead) == 40, "no padding: the struct is what is stored");
 
 [[noreturn]] void refuse(size_t layer, const std::string& what) {
-  throw Error(
-      ErrorCode::corrupt,
-      fmt::format("the saved sequence does not fit the cache: layer {} {}; it is damaged or "
-                  "was saved under another policy",
-                  layer, what));
+  throw Error(ErrorCode::corrupt,
+              fmt::format("the saved sequence does not fit the cache: layer {} {}", layer, what));
 }
 
 // Calls move(data, bytes) for each array of an open page.

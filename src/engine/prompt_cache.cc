@@ -132,9 +132,11 @@ bool load_prompt_cache(const PromptCacheKey& key, Session& session) {
     refuse(ErrorCode::io, path, fmt::format("cannot be opened: {}", std::strerror(errno)));
   }
   Checksum sum;
+  bool ended = false;
   const ByteSource read = [&](void* data, size_t bytes) {
     if (bytes == 0) return;
     if (std::fread(data, 1, bytes, file.get()) != bytes) {
+      ended = true;
       if (std::ferror(file.get())) {
         refuse(ErrorCode::io, path, fmt::format("cannot be read: {}", std::strerror(errno)));
       }
@@ -162,8 +164,8 @@ bool load_prompt_cache(const PromptCacheKey& key, Session& session) {
   try {
     loaded.load(static_cast<int64_t>(key.tokens.size()), read);
   } catch (const Error& error) {
-    if (error.code() != ErrorCode::corrupt) throw;
-    refuse(ErrorCode::corrupt, path, "it is damaged");
+    if (error.code() != ErrorCode::corrupt || ended) throw;
+    refuse(ErrorCode::corrupt, path, fmt::format("it is damaged ({})", error.what()));
   }
   const uint64_t expected = sum.value();
   uint64_t stored = 0;

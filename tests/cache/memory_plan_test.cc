@@ -91,6 +91,8 @@ TEST(MemoryPlan, EqualsTheAllocator) {
       {},
       {.document = 1},
       {.document = 64},
+      {.document = 639},  // with `recent` = 512 the last token lets page 1 go
+      {.document = 391, .answer = 1},
       {.document = 63, .question = 1, .answer = 1},
       {.document = 700, .question = 31, .answer = 90, .chunk = 128},
       {.document = 1000, .question = 24, .answer = 3, .chunk = 512},

@@ -212,6 +212,40 @@ TEST(SequenceIo, DamagedBytesAreRefused) {
   }
 }
 
+// Consistent in itself, but without a page that queries will read, or without its residual.
+TEST(SequenceIo, MissingPagesAreRefused) {
+  constexpr size_t kHead = 40, kPages = 5;  // 300 tokens
+  const auto refusal = [](const char* policy, const std::string& bytes) {
+    KvCache cache(config(policy));
+    try {
+      load(cache, 300, bytes);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  const auto saved = [](const char* policy) {
+    KvCache source(config(policy));
+    const SequenceId a = source.create();
+    feed_until(source, a, 300);
+    return save(source, a);
+  };
+  std::string plain = saved("exact");
+  const size_t slot = 64 * kHeads * 2 * kDim * 2;
+  plain[kHead + 1] = 0;
+  plain.erase(kHead + kPages + kPages * kHeads + slot, slot);
+  EXPECT_NE(refusal("exact", plain).find("layer 0 lacks page 1"), std::string::npos);
+
+  std::string layered = saved("balanced");
+  uint64_t slots[2];
+  std::memcpy(slots, layered.data(), sizeof slots);
+  const size_t tables = kHead + 4 + 4 * kHeads;
+  layered[kHead + 4 + 2] = 0;  // page 1, head 0
+  layered.erase(tables + 4 * slots[0] + 2 * slots[1], slots[1]);
+  EXPECT_NE(refusal("balanced", layered).find("lacks a residual of page 1"), std::string::npos);
+  EXPECT_EQ(refusal("thrifty", layered), "nothing was thrown");  // may be dropped there
+}
+
 TEST(SequenceIo, AnotherPolicyOrLengthIsRefused) {
   KvCache source(config("balanced"));
   const SequenceId a = source.create();

@@ -14,6 +14,7 @@ enum class ErrorCode {
   corrupt,           // a file's content contradicts its own format
   out_of_memory,     // an allocation or a configured limit failed
   non_finite,        // NaN or Inf where numbers are required
+  cancelled,         // the caller asked to stop; what was finished before stays
 };
 
 // One line: the cause, then the remedy. Values and names are in the text.

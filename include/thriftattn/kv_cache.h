@@ -28,6 +28,8 @@ struct LayerShape {
   int64_t head_dim_k = 0;  // multiple of 16 (q8_0 and q4_0: of 32), 32 to 256
   int64_t head_dim_v = 0;  // the same; need not equal head_dim_k
   int64_t window = 0;      // sliding window in tokens, the query's own included; 0 = none
+
+  bool operator==(const LayerShape&) const = default;
 };
 
 // Per layer: s[kv_head * head_dim_k + d] > 0, FP32, geometric mean 1 per head (DESIGN
@@ -93,6 +95,7 @@ class KvCache {
 
   struct Impl;
   const Impl& impl() const { return *impl_; }
+  Impl& impl() { return *impl_; }
 
  private:
   std::unique_ptr<Impl> impl_;

@@ -1,5 +1,9 @@
-// What this processor can do, for the kernels that are written for one instruction set.
+// What this processor can do: which SIMD targets of Highway it has, and what the kernels that are
+// written for one instruction set ask for.
 #pragma once
+
+#include <string>
+#include <vector>
 
 namespace thriftattn {
 
@@ -14,5 +18,12 @@ inline bool cpu_has_avx512_bf16() {
   return false;
 #endif
 }
+
+struct SimdTargets {
+  std::string chosen;                  // what kernels run with
+  std::vector<std::string> available;  // built in and supported by the machine, best first
+};
+
+SimdTargets simd_targets();
 
 }  // namespace thriftattn

@@ -95,28 +95,14 @@ void KvCache::Impl::add_stores(size_t l) {
                      "kv_heads",
                      l, shape.kv_heads, policy.heads.size()));
   }
-  // Heads of equal policies share a store, by first appearance.
-  std::vector<std::vector<int64_t>> groups;
-  for (int64_t h = 0; h < (policy.heads.empty() ? 1 : shape.kv_heads); ++h) {
-    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
-      return policy.of_head(group.front()) == policy.of_head(h);
-    });
-    if (same == groups.end()) {
-      groups.push_back({h});
-    } else {
-      same->push_back(h);
-    }
-  }
+  check_layer_shape(shape);
+  const auto groups = heads_by_policy(policy, shape.kv_heads);
   for (const std::vector<int64_t>& group : groups) {
     const LayerPolicy& own = policy.of_head(group.front());
     check_layer_policy(own, static_cast<int64_t>(l));
-    LayerShape part = shape;
+    const LayerShape part = shape_of_heads(shape, static_cast<int64_t>(group.size()));
     std::vector<int64_t> heads;
-    if (groups.size() > 1) {
-      heads = group;
-      part.kv_heads = static_cast<int64_t>(group.size());
-      part.q_heads = shape.q_heads / shape.kv_heads * part.kv_heads;
-    }
+    if (groups.size() > 1) heads = group;
     const PageLayout layout = make_page_layout(part, own);
     std::vector<float> eq;
     if (!config.equalizer.layers.empty() && own.equalize && layout.k.layered) {

@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "formats/format_info.h"
 #include "formats/nvfp4.h"
 #include "formats/plane_codec.h"
@@ -47,6 +49,28 @@ void check_group(const char* side, Format format, int64_t dim) {
 }
 
 }  // namespace
+
+std::vector<std::vector<int64_t>> heads_by_policy(const LayerPolicy& policy, int64_t kv_heads) {
+  std::vector<std::vector<int64_t>> groups;
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
+      return policy.of_head(group.front()) == policy.of_head(h);
+    });
+    if (same == groups.end()) {
+      groups.push_back({h});
+    } else {
+      same->push_back(h);
+    }
+  }
+  return groups;
+}
+
+LayerShape shape_of_heads(const LayerShape& shape, int64_t heads) {
+  LayerShape part = shape;
+  part.kv_heads = heads;
+  part.q_heads = shape.q_heads / shape.kv_heads * heads;
+  return part;
+}
 
 void check_layer_shape(const LayerShape& shape) {
   if (shape.kv_heads < 1 || shape.q_heads < 1 || shape.q_heads % shape.kv_heads != 0) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "thriftattn/kv_cache.h"
 #include "thriftattn/policy.h"
@@ -45,6 +46,12 @@ struct PageLayout {
   bool any_layered() const { return k.layered || v.layered; }
   bool any_plain() const { return !k.layered || !v.layered; }
 };
+
+// KV heads of equal policies, which share a store, by first appearance; one group if the policy
+// has no rules by head.
+std::vector<std::vector<int64_t>> heads_by_policy(const LayerPolicy& policy, int64_t kv_heads);
+// The part of a layer that such a group of heads is.
+LayerShape shape_of_heads(const LayerShape& shape, int64_t heads);
 
 // Throws Error(unsupported / invalid_argument) for shapes that no page can hold, whatever the
 // policy; make_page_layout() also for what the policy's formats cannot.

@@ -20,6 +20,14 @@ struct OpenPage {
   }
 };
 
+// What OpenPage::bytes() is for a layer.
+inline int64_t open_page_bytes(const PageLayout& layout) {
+  int64_t elements = 0;
+  if (layout.k.layered) elements += layout.kv_heads * (kPageTokens + 1) * layout.k.dim;
+  if (layout.v.layered) elements += layout.kv_heads * kPageTokens * layout.v.dim;
+  return elements * static_cast<int64_t>(sizeof(uint16_t));
+}
+
 struct LayerSequence {
   // pages[j] is the slot of page j, or kNoPage: not sealed yet, or behind the sliding window.
   std::vector<int32_t> pages;

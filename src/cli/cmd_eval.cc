@@ -62,7 +62,7 @@ void eval(const EvalArgs& args) {
   }
   const Policy reference = policy_from_option("--reference", args.reference);
   const ThreadLimit threads(args.model.threads);
-  const OpenedModel opened = open_model(args.model.path);
+  const OpenedModel opened = open_model(args.model);
   const int64_t context = checked_context(args.context, opened.config);
   for (const Policy& policy : policies) resolve(policy, policy_context(opened.config, context));
   std::vector<int32_t> tokens = opened.tokenizer->encode(read_text(args.file));
@@ -76,7 +76,8 @@ void eval(const EvalArgs& args) {
   tokens.resize(static_cast<size_t>(context));
 
   // FP32, because BF16 activations alone would hide what is measured.
-  const auto model = Model::load(opened.file, {.compute = ComputeType::f32});
+  const auto model = Model::load(
+      opened.file, {.compute = ComputeType::f32, .rope = rope_override(args.model.rope)});
   std::vector<Policy> all = policies;
   all.push_back(reference);
   EqualizerChoice equalizer = choose_equalizer(*model, args.model, all);
@@ -147,11 +148,12 @@ void add_eval_command(CLI::App& app) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->capture_default_str()
       ->type_name("N");
-  cmd->add_option("--max-kv", args->max_kv_bytes,
+  cmd->add_option("--kv-memory,--max-kv", args->max_kv_bytes,
                   "Bytes that each cache may take, such as 2GB; 0 sets no limit")
       ->transform(CLI::AsSizeValue(false))
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
+  add_rope_options(*cmd, args->model);
   cmd->add_option("-o,--output", args->output, "table, json (one array) or csv")
       ->check(CLI::IsMember({"table", "json", "csv"}))
       ->capture_default_str()

@@ -1,18 +1,24 @@
-// `thriftattn run`: answers a question about a document.
+// `thriftattn run`: answers questions about a document.
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "cli/answer.h"
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "cli/interrupt.h"
+#include "cli/kv_memory.h"
 #include "cli/progress.h"
+#include "cli/question_reader.h"
 #include "cli/run_report.h"
-#include "cli/utf8_stream.h"
 #include "engine/chat_template.h"
-#include "engine/sampler.h"
+#include "engine/prompt_cache.h"
 #include "engine/session.h"
 #include "thriftattn/error.h"
 
@@ -23,12 +29,15 @@ struct RunArgs {
   ModelArgs model;
   std::string file, prompt;
   std::string policy = "balanced";
+  bool policy_given = false;
   std::string type_k, type_v;
+  bool interactive = false;
+  bool conversation = false;
+  std::string prompt_cache;
   int64_t context = 0;
-  int64_t predict = 128;
   int64_t chunk = 512;
-  int64_t max_kv_bytes = 0;
-  SamplerOptions sampling;
+  int64_t kv_memory = 0;
+  AnswerOptions answer;
   std::string compute = "auto";
   std::string output = "text";
   bool raw = false;
@@ -40,172 +49,371 @@ Examples:
   thriftattn run -m model.gguf -f report.txt -p "List the risks." --policy thrifty -n 300
   thriftattn run -m model.gguf -f report.txt -p "Who signed?" -ctk q8_0 -ctv q8_0 -o json
   cat notes.txt | thriftattn run -m model.gguf -f - -p "Summarise." --temp 0.7 --top-p 0.9 -s 1
+  thriftattn run -m model.gguf -f book.txt -i --prompt-cache book.kv --kv-memory 2GiB
+  thriftattn run -m model.gguf -f long.txt -p "What for?" -c 65536 --rope-scaling yarn --rope-scale 2
 
 The answer goes to standard output, everything else to standard error. A policy is a preset,
 a preset with changes ('balanced,promote=0.05'), layers with formats ('0-3:fp8,4-35:nvfp4'),
-JSON, or @FILE; 'thriftattn policies' lists the presets.)";
+JSON, or @FILE; 'thriftattn policies' lists the presets. Ctrl-C ends with the summary and exit code
+130, a second one at once. docs/run.md has more.)";
 
 // The one policy that --policy, -ctk and -ctv ask for together.
-Policy policy_of(const RunArgs& args, bool policy_given) {
+Policy policy_of(const RunArgs& args) {
   std::string text = args.policy;
   if (!args.type_k.empty() || !args.type_v.empty()) {
-    if (!policy_given) text.clear();
+    if (!args.policy_given) text.clear();
     const auto add = [&](const char* key, const std::string& value) {
       if (!value.empty()) text += (text.empty() ? "" : ",") + std::string(key) + "=" + value;
     };
     add("k", args.type_k);
     add("v", args.type_v);
   }
-  return policy_from_option(policy_given || args.type_k.empty() ? "--policy" : "-ctk/-ctv", text);
+  return policy_from_option(args.policy_given || args.type_k.empty() ? "--policy" : "-ctk/-ctv",
+                            text);
 }
 
-std::vector<int32_t> prompt_tokens(const OpenedModel& opened, const RunArgs& args, ChatForm& form) {
-  std::string document = args.file.empty() ? std::string() : read_text(args.file);
-  if (args.raw) {
-    form = ChatForm::plain;
-    return opened.tokenizer->encode(document + args.prompt);
+void check_usage(const RunArgs& args) {
+  if (args.interactive) {
+    if (args.file == "-") {
+      throw UsageError(
+          "standard input cannot be both the document (-f -) and the questions (-i): put one of "
+          "them into a file");
+    }
+  } else if (args.prompt.empty() && !args.raw) {
+    throw UsageError(
+        "no question: give one with -p, ask several with -i, or --raw to continue the document");
   }
-  // The forms put their own line breaks after a document.
-  document.erase(document.find_last_not_of(" \t\r\n") + 1);
-  std::vector<ChatMessage> messages;
-  if (!document.empty()) messages.push_back({"document", document});
-  messages.push_back({"user", args.prompt});
-  const FormattedChat chat = format_chat(*opened.file, messages, true);
-  form = chat.form;
-  return encode_chat(*opened.tokenizer, chat);
+  if (args.file.empty() && args.prompt.empty() && !args.interactive) {
+    throw UsageError("nothing to read: give a document with -f or a prompt with -p");
+  }
+  if (!args.prompt_cache.empty() && args.file.empty()) {
+    throw UsageError("--prompt-cache keeps a document that was read: give one with -f");
+  }
 }
-
-void check_fits(int64_t prompt, int64_t context, const ModelConfig& config) {
-  if (prompt < context) return;
-  const std::string raise =
-      context < config.context ? fmt::format("raise -c (at most {}) or ", config.context) : "";
-  throw Error(ErrorCode::invalid_argument,
-              fmt::format("document and question take {} tokens, and a context of {} has room for "
-                          "{} and an answer: {}shorten the document",
-                          prompt, context, context - 1, raise));
-}
-
-// Decodes until a token ends the answer, and streams what is printable.
-class Answer {
- public:
-  Answer(const Tokenizer& tokenizer, bool stream, bool stop_at_line)
-      : tokenizer_(tokenizer), stream_(stream), stop_at_line_(stop_at_line) {}
-
-  void generate(Session& session, const SamplerOptions& sampling, int64_t limit) {
-    Sampler sampler(sampling);
-    if (limit == 0) {
-      stop_ = "nothing asked for: -n 0";
-      return;
-    }
-    int32_t token = sampler.sample(session.next_logits());
-    while (true) {
-      if (tokenizer_.is_end_of_generation(token)) {
-        stop_ = "the model ended it";
-        break;
-      }
-      ++tokens_;
-      if (!take(tokenizer_.token_bytes(token))) break;
-      if (limit > 0 && tokens_ >= limit) {
-        stop_ = fmt::format("limit -n {}", limit);
-        break;
-      }
-      if (session.length() >= session.context()) {
-        stop_ = "the context is full";
-        break;
-      }
-      token = sampler.sample(session.decode(token));
-    }
-    if (stream_) print(held_.flush() + "\n");
-  }
-
-  const std::string& text() const { return text_; }
-  const std::string& stop() const { return stop_; }
-  int64_t tokens() const { return tokens_; }
-
- private:
-  // False if the bytes end the answer.
-  bool take(std::string bytes) {
-    if (text_.empty()) bytes.erase(0, bytes.find_first_not_of(" \n"));  // npos: all of it
-    bool more = true;
-    if (const size_t end = bytes.find('\n'); stop_at_line_ && end != std::string::npos) {
-      bytes.erase(end);
-      stop_ = "the line ended";
-      more = false;
-    }
-    text_ += bytes;
-    if (stream_) print(held_.push(bytes));
-    return more;
-  }
-
-  const Tokenizer& tokenizer_;
-  bool stream_, stop_at_line_;
-  Utf8Stream held_;
-  std::string text_, stop_;
-  int64_t tokens_ = 0;
-};
 
 ComputeType compute_of(const std::string& name) {
   // BF16 weights take half the memory and half the bytes of a decode step on every CPU.
   return name == "f32" ? ComputeType::f32 : ComputeType::bf16;
 }
 
-void run(const RunArgs& args, bool policy_given) {
-  if (args.prompt.empty() && !args.raw) {
-    throw UsageError("no question: give one with -p, or --raw to continue the document");
+// Makes tokens of the document, once, and of each question. They are encoded apart in every form,
+// so that a document's tokens do not depend on what is asked.
+class Prompts {
+ public:
+  Prompts(const OpenedModel& opened, const RunArgs& args)
+      : tokenizer_(*opened.tokenizer), file_(*opened.file), raw_(args.raw) {
+    form_ = raw_ ? ChatForm::plain : detect_chat_form(file_);
+    if (args.file.empty()) return;
+    std::string text = read_text(args.file);
+    if (raw_) {
+      document_ = tokenizer_.encode(text);
+      return;
+    }
+    // The forms put their own line breaks after a document.
+    text.erase(text.find_last_not_of(" \t\r\n") + 1);
+    if (text.empty()) return;
+    ChatTokens chat = encode(text, "?");
+    chat.tokens.resize(chat.document);
+    document_ = std::move(chat.tokens);
   }
-  if (args.file.empty() && args.prompt.empty()) {
-    throw UsageError("nothing to read: give a document with -f or a prompt with -p");
-  }
-  const Policy policy = policy_of(args, policy_given);
-  const ThreadLimit threads(args.model.threads);
-  const OpenedModel opened = open_model(args.model.path);
-  const int64_t context = checked_context(args.context, opened.config);
-  const auto resolved = resolve(policy, policy_context(opened.config, context));
-  ChatForm form{};
-  const std::vector<int32_t> tokens = prompt_tokens(opened, args, form);
-  if (tokens.empty()) throw UsageError("the prompt has no tokens: give some text");
-  check_fits(static_cast<int64_t>(tokens.size()), context, opened.config);
 
-  const auto model = Model::load(opened.file, {.compute = compute_of(args.compute)});
-  EqualizerChoice equalizer = choose_equalizer(*model, args.model, {&policy, 1});
-  Session session(model, policy,
-                  {.context = context,
-                   .equalizer = std::move(equalizer.equalizer),
-                   .chunk = args.chunk,
-                   .max_kv_bytes = args.max_kv_bytes});
+  ChatForm form() const { return form_; }
+  const std::vector<int32_t>& document() const { return document_; }
+
+  std::vector<int32_t> first(const std::string& question) const {
+    const bool begins = document_.empty();
+    if (raw_) {
+      if (begins) return tokenizer_.encode(question);
+      return tokenizer_.encode(question, {.add_bos = false, .continues = true});
+    }
+    ChatTokens chat = encode(begins ? "" : "any document", question);
+    chat.tokens.erase(chat.tokens.begin(),
+                      chat.tokens.begin() + static_cast<std::ptrdiff_t>(chat.document));
+    return std::move(chat.tokens);
+  }
+  // A question after an answer.
+  std::vector<int32_t> next(const std::string& question) const {
+    if (raw_) return tokenizer_.encode(question, {.add_bos = false, .continues = true});
+    return encode_chat_parts(tokenizer_, format_next_turn(form_, question), false).tokens;
+  }
+
+ private:
+  ChatTokens encode(const std::string& document, const std::string& question) const {
+    std::vector<ChatMessage> messages;
+    if (!document.empty()) messages.push_back({"document", document});
+    messages.push_back({"user", question});
+    return encode_chat_parts(tokenizer_, format_chat(file_, messages, true));
+  }
+
+  const Tokenizer& tokenizer_;
+  const GgufFile& file_;
+  bool raw_;
+  ChatForm form_{};
+  std::vector<int32_t> document_;
+};
+
+// A run from the command line's checks to the last summary.
+class Run {
+ public:
+  explicit Run(const RunArgs& args);
+  void run();
+
+ private:
+  bool json() const { return args_.output == "json"; }
+  void require_room(int64_t past, int64_t tokens) const;
+  void read_document();
+  void answer_one();
+  void answer_many();
+  // Reads the question and generates; what happened goes into `report`.
+  void ask(Session& session, const std::vector<int32_t>& question, RunReport& report);
+  RunReport new_report() const;
+  void add_cache(const Session& session, RunReport& report) const;
+  void conclude(const RunReport& report) const;
+
+  const RunArgs& args_;
+  const Policy policy_;
+  const ThreadLimit threads_;
+  const OpenedModel opened_;
+  const std::vector<LayerPolicy> resolved_;
+  const int64_t context_;
+  const Prompts prompts_;
+  const InterruptHandler interrupt_;  // after what may wait for standard input
+  AnswerOptions answer_options_;
+  std::string compute_, equalizer_note_;
+  std::unique_ptr<Session> session_;
+  DocumentReport document_;
+  int64_t document_bf16_bytes_ = 0;  // of its sequence
+  std::optional<int32_t> unfed_;     // of the last answer, when the conversation goes on
+};
+
+Run::Run(const RunArgs& args)
+    : args_(args),
+      policy_(policy_of(args)),
+      threads_(args.model.threads),
+      opened_(open_model(args.model)),
+      resolved_(resolve(policy_, policy_context(opened_.config,
+                                                checked_context(args.context, opened_.config)))),
+      context_(checked_context(args.context, opened_.config)),
+      prompts_(opened_, args),
+      answer_options_(args.answer) {
+  // A base model has no token that ends an answer: it would go on with a next question.
+  answer_options_.stop_at_line = prompts_.form() == ChatForm::plain && !args.raw;
+  answer_options_.stream = !json();
+}
+
+// Context and memory for `tokens` more and an answer.
+void Run::require_room(int64_t past, int64_t tokens) const {
+  const int64_t prompt = past + tokens;
+  if (prompt >= context_) {
+    const int64_t most = opened_.config.context;
+    const std::string raise = context_ < most ? fmt::format("raise -c (at most {}) or ", most) : "";
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("document and question take {} tokens, and a context of {} has room "
+                            "for {} and an answer: {}shorten the document",
+                            prompt, context_, context_ - 1, raise));
+  }
+  const int64_t limit = args_.answer.limit;
+  const int64_t room = context_ - prompt;
+  require_kv_memory({.config = opened_.config,
+                     .policy = resolved_,
+                     .policy_name = policy_.name,
+                     .request = {.document = past,
+                                 .question = tokens,
+                                 .answer = limit < 0 ? room : std::min(limit, room),
+                                 .chunk = args_.chunk,
+                                 .forked = args_.interactive && !args_.conversation},
+                     .max_bytes = args_.kv_memory});
+}
+
+void Run::read_document() {
+  const std::vector<int32_t>& tokens = prompts_.document();
+  document_.tokens = static_cast<int64_t>(tokens.size());
+  const PromptCacheKey key{
+      .path = args_.prompt_cache, .policy_name = policy_.name, .tokens = tokens};
+  const auto seconds_since = [](std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  if (!key.path.empty()) {
+    document_.cache_file = one_line(key.path);
+    const auto start = std::chrono::steady_clock::now();
+    if (load_prompt_cache(key, *session_)) {
+      document_.loaded = true;
+      document_.cache_bytes = static_cast<int64_t>(std::filesystem::file_size(key.path));
+      document_.cache_seconds = seconds_since(start);
+      return;
+    }
+  }
   {
     Progress progress;
-    session.prefill(tokens,
-                    [&](int64_t done, int64_t total) { progress.update("reading", done, total); });
+    session_->prefill(
+        tokens, [&](int64_t done, int64_t total) { progress.update("reading", done, total); });
   }
-  const bool json = args.output == "json";
-  // A base model has no token that ends an answer: it would go on with a next question.
-  Answer answer(*opened.tokenizer, !json, form == ChatForm::plain && !args.raw);
-  answer.generate(session, args.sampling, args.predict);
+  document_.prefill = session_->prefill_stats();
+  if (!key.path.empty()) {
+    const auto start = std::chrono::steady_clock::now();
+    document_.cache_bytes = save_prompt_cache(key, *session_);
+    document_.cache_seconds = seconds_since(start);
+  }
+}
 
-  const RunReport report = {
-      .model = opened.config.name,
-      .compute = explain_compute(model->compute()),
-      .policy = policy.name,
-      .layers = resolved,
-      .answer = answer.text(),
-      .stop = answer.stop(),
-      .prompt_tokens = static_cast<int64_t>(tokens.size()),
-      .answer_tokens = answer.tokens(),
-      .context = context,
-      .chunk = session.chunk(),
-      .equalizer = equalizer.note,
-      .prefill = session.prefill_stats(),
-      .decode = session.decode_stats(),
-      .usage = session.cache().usage(),
-      .bf16_bytes = session.cache().bf16_bytes(),
-      .bits_stored_per_element = session.cache().bits_stored_per_element(),
-  };
-  if (json) {
+RunReport Run::new_report() const {
+  return {.model = opened_.config.name,
+          .compute = compute_,
+          .policy = policy_.name,
+          .layers = resolved_,
+          .document = document_,
+          .rope_scaling = explain_rope_scaling(opened_.config),
+          .context = context_,
+          .chunk = args_.chunk,
+          .equalizer = equalizer_note_};
+}
+
+// In a series the document's sequence and its fork share pages: the document counts once.
+void Run::add_cache(const Session& session, RunReport& report) const {
+  const KvCache& cache = session.cache();
+  report.usage = cache.usage();
+  const bool shared = session.sequence() != session_->sequence();
+  report.bf16_bytes = cache.bf16_bytes() - (shared ? document_bf16_bytes_ : 0);
+  report.bits_stored_per_element = report.bf16_bytes > 0
+                                       ? 16.0 * static_cast<double>(report.usage.total()) /
+                                             static_cast<double>(report.bf16_bytes)
+                                       : 0.0;
+}
+
+void Run::ask(Session& session, const std::vector<int32_t>& question, RunReport& report) {
+  Answer answer(*opened_.tokenizer, answer_options_);
+  try {
+    session.prefill(question);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::cancelled) throw;
+    answer.interrupt();
+  }
+  if (!answer.interrupted()) {
+    answer.generate(session);
+    answer.finish();
+  }
+  unfed_ = answer.unfed();
+  report.answer = answer.text();
+  report.stop = answer.stop();
+  report.prompt_tokens += static_cast<int64_t>(question.size());
+  report.answer_tokens += answer.tokens();
+  report.prefill.merge(session.prefill_stats());
+  report.decode.merge(session.decode_stats());
+  add_cache(session, report);
+}
+
+void Run::conclude(const RunReport& report) const {
+  std::fputs(("\n" + run_report_text(report)).c_str(), stderr);
+}
+
+void Run::answer_one() {
+  const std::vector<int32_t> question =
+      args_.prompt.empty() ? std::vector<int32_t>() : prompts_.first(args_.prompt);
+  require_room(document_.tokens, static_cast<int64_t>(question.size()));
+  RunReport report = new_report();
+  report.prompt_tokens = document_.tokens;
+  ask(*session_, question, report);
+  if (json()) {
     print(run_report_json(report));
   } else {
-    std::fputs(("\n" + run_report_text(report)).c_str(), stderr);
+    conclude(report);
   }
+}
+
+// Each question is asked in a fork of the document, which stays as it is; in a conversation, after
+// what was said before.
+void Run::answer_many() {
+  QuestionReader reader(interrupt_);
+  std::optional<std::string> question;
+  if (!args_.prompt.empty()) question = args_.prompt;
+  RunReport all = new_report();
+  all.questions = 0;
+  all.stop = "nothing was asked";
+  all.prompt_tokens = document_.tokens;
+  all.prefill = document_.prefill;
+  add_cache(*session_, all);
+  bool begun = false, failed = false;
+  document_bf16_bytes_ = session_->cache().bf16_bytes();
+  session_->reset_stats();
+  while (question || (question = reader.next())) {
+    const int64_t before = session_->length();
+    try {
+      std::vector<int32_t> tokens = begun ? prompts_.next(*question) : prompts_.first(*question);
+      if (begun && unfed_) tokens.insert(tokens.begin(), *unfed_);
+      require_room(session_->length(), static_cast<int64_t>(tokens.size()));
+      RunReport report = new_report();
+      report.question = *question;
+      report.prompt_tokens = session_->length();
+      if (args_.conversation) {
+        session_->reset_stats();
+        ask(*session_, tokens, report);
+        begun = true;
+      } else {
+        Session fork = session_->fork();
+        ask(fork, tokens, report);
+      }
+      if (json()) print(run_report_json(report, true));
+      ++all.questions;
+      all.stop = report.stop;
+      all.prompt_tokens += static_cast<int64_t>(tokens.size());
+      all.answer_tokens += report.answer_tokens;
+      all.prefill.merge(report.prefill);
+      all.decode.merge(report.decode);
+      all.usage = report.usage;
+      all.bf16_bytes = report.bf16_bytes;
+      all.bits_stored_per_element = report.bits_stored_per_element;
+    } catch (const Error& error) {
+      print_error(error.what());  // the other questions can still be answered
+      session_->truncate(before);
+      failed = true;
+    }
+    if (InterruptHandler::interrupted()) break;
+    question.reset();
+  }
+  if (!json()) conclude(all);
+  if (failed && !InterruptHandler::interrupted()) throw ExitRequest{kExitRuntime};
+}
+
+void Run::run() {
+  const std::vector<int32_t> question =
+      args_.prompt.empty() ? std::vector<int32_t>() : prompts_.first(args_.prompt);
+  const auto asked = static_cast<int64_t>(question.size());
+  const auto tokens = static_cast<int64_t>(prompts_.document().size());
+  if (tokens + asked == 0 && !args_.interactive) {
+    throw UsageError("the prompt has no tokens: give some text");
+  }
+  require_room(tokens, asked);
+
+  const auto model = Model::load(opened_.file, {.compute = compute_of(args_.compute),
+                                                .rope = rope_override(args_.model.rope)});
+  compute_ = explain_compute(model->compute());
+  EqualizerChoice equalizer = choose_equalizer(*model, args_.model, {&policy_, 1});
+  equalizer_note_ = equalizer.note;
+  session_ = std::make_unique<Session>(
+      model, policy_,
+      SessionOptions{.context = context_,
+                     .equalizer = std::move(equalizer.equalizer),
+                     .chunk = args_.chunk,
+                     .max_kv_bytes = args_.kv_memory,
+                     .cancelled = [] { return InterruptHandler::interrupted(); }});
+  try {
+    read_document();
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::cancelled) throw;
+    RunReport report = new_report();
+    report.stop = "interrupted by Ctrl-C while reading";
+    report.prompt_tokens = session_->length();
+    report.prefill = session_->prefill_stats();
+    add_cache(*session_, report);
+    if (json()) {
+      print(run_report_json(report, args_.interactive));
+    } else {
+      conclude(report);
+    }
+    throw ExitRequest{kExitInterrupted};
+  }
+  args_.interactive ? answer_many() : answer_one();
+  if (InterruptHandler::interrupted()) throw ExitRequest{kExitInterrupted};
 }
 
 }  // namespace
@@ -217,7 +425,15 @@ void add_run_command(CLI::App& app) {
   add_model_option(*cmd, args->model);
   cmd->add_option("-f,--file", args->file, "Document, a text file; - is standard input")
       ->type_name("FILE");
-  cmd->add_option("-p,--prompt", args->prompt, "Question")->type_name("TEXT");
+  cmd->add_option("-p,--prompt", args->prompt, "Question; with -i the first")->type_name("TEXT");
+  cmd->add_flag("-i,--interactive", args->interactive,
+                "Read questions from standard input, a line each; each is asked of the document "
+                "alone");
+  cmd->add_flag("--conversation", args->conversation,
+                "As -i, but each question follows on what was said before (also -cnv)");
+  cmd->add_option("--prompt-cache", args->prompt_cache,
+                  "Keep the document, once read, in this file, or load it from there")
+      ->type_name("FILE");
   auto* policy = cmd->add_option("--policy", args->policy, "Precision of the KV cache")
                      ->capture_default_str()
                      ->type_name("POLICY");
@@ -229,21 +445,28 @@ void add_run_command(CLI::App& app) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()
       ->type_name("N");
-  cmd->add_option("-n,--n-predict", args->predict,
+  cmd->add_option("-n,--n-predict", args->answer.limit,
                   "Tokens of the answer at most; -1 until the context is full")
       ->check(CLI::Range(int64_t{-1}, int64_t{1} << 40))
       ->capture_default_str()
       ->type_name("N");
+  cmd->add_option("--stop", args->answer.stop_texts,
+                  "End the answer before this text; may be given several times")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->allow_extra_args(false)
+      ->type_name("TEXT");
   add_threads_option(*cmd, args->model);
-  cmd->add_option("--temp", args->sampling.temperature, "Temperature; 0 takes the likeliest token")
+  cmd->add_option("--temp", args->answer.sampling.temperature,
+                  "Temperature; 0 takes the likeliest token")
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str()
       ->type_name("T");
-  cmd->add_option("--top-p", args->sampling.top_p, "Sample from the likeliest tokens of this mass")
+  cmd->add_option("--top-p", args->answer.sampling.top_p,
+                  "Sample from the likeliest tokens of this mass")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str()
       ->type_name("P");
-  cmd->add_option("-s,--seed", args->sampling.seed, "Seed of the sampling")
+  cmd->add_option("-s,--seed", args->answer.sampling.seed, "Seed of the sampling")
       ->capture_default_str()
       ->type_name("N");
   cmd->add_option("--chunk", args->chunk, "Tokens of a prefill step; part of the result")
@@ -255,18 +478,25 @@ void add_run_command(CLI::App& app) {
       ->check(CLI::IsMember({"auto", "f32", "bf16"}))
       ->capture_default_str()
       ->type_name("TYPE");
-  cmd->add_option("--max-kv", args->max_kv_bytes,
-                  "Bytes that the cache may take, such as 2GB; 0 sets no limit")
+  cmd->add_option("--kv-memory,--max-kv", args->kv_memory,
+                  "Bytes that the cache may take, such as 2GiB, checked before anything is read; 0 "
+                  "sets no limit")
       ->transform(CLI::AsSizeValue(false))
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
+  add_rope_options(*cmd, args->model);
   cmd->add_flag("--raw", args->raw,
                 "Continue document and prompt as they are, without the model's chat form");
   cmd->add_option("-o,--output", args->output, "text, or json: one object with answer and figures")
       ->check(CLI::IsMember({"text", "json"}))
       ->capture_default_str()
       ->type_name("FORM");
-  cmd->callback([args, policy] { run(*args, policy->count() > 0); });
+  cmd->callback([args, policy] {
+    args->policy_given = policy->count() > 0;
+    args->interactive |= args->conversation;
+    check_usage(*args);
+    Run(*args).run();
+  });
 }
 
 }  // namespace thriftattn::cli

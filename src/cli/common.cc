@@ -26,7 +26,7 @@ struct CloseFile {
 };
 
 bool wants_equalizer(const Policy& policy, const ModelConfig& config) {
-  const auto layers = resolve(policy, policy_context(config));
+  const auto layers = resolve(policy, policy_context(config, config.context));
   const auto equalized = [](const LayerPolicy& p) {
     return is_layered(p.k_format) && p.equalize;
   };
@@ -35,11 +35,11 @@ bool wants_equalizer(const Policy& policy, const ModelConfig& config) {
   });
 }
 
+}  // namespace
+
 void print_error(const std::string& message) {
   std::fprintf(stderr, "thriftattn: error: %s\n", one_line(message).c_str());
 }
-
-}  // namespace
 
 void add_model_option(CLI::App& app, ModelArgs& args) {
   app.add_option("-m,--model", args.path, "GGUF file (llama, qwen2, qwen3 or gemma3)")
@@ -59,6 +59,48 @@ void add_equalize_option(CLI::App& app, ModelArgs& args) {
                "Do without the model's K equaliser (see 'thriftattn calibrate')");
 }
 
+void add_rope_options(CLI::App& app, ModelArgs& args) {
+  app.add_option(
+         "--rope-scaling", args.rope.scaling,
+         "Stretch the model's positions: none, linear or yarn, instead of what its file says")
+      ->check(CLI::IsMember({"none", "linear", "yarn"}))
+      ->type_name("TYPE");
+  app.add_option("--rope-scale", args.rope.scale, "How many times the original context, such as 4")
+      ->check(CLI::Range(1.0, 1e6))
+      ->type_name("F");
+  app.add_option("--yarn-orig-ctx", args.rope.original_context,
+                 "Original context of YaRN; the model's if it is not given")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+}
+
+std::optional<RopeOverride> rope_override(const RopeArgs& args) {
+  if (args.scaling.empty()) {
+    if (args.scale == 0 && args.original_context == 0) return std::nullopt;
+    throw UsageError(
+        "--rope-scale and --yarn-orig-ctx need --rope-scaling yarn (or linear): say how positions "
+        "are stretched");
+  }
+  const bool yarn = args.scaling == "yarn";
+  if (args.original_context != 0 && !yarn) {
+    throw UsageError(fmt::format(
+        "--yarn-orig-ctx {} has no meaning with --rope-scaling {}: use yarn, or leave it out",
+        args.original_context, args.scaling));
+  }
+  if (args.scaling == "none") {
+    if (args.scale != 0) throw UsageError("--rope-scale has no meaning with --rope-scaling none");
+    return RopeOverride{};
+  }
+  if (args.scale == 0) {
+    throw UsageError(fmt::format(
+        "--rope-scaling {} needs --rope-scale F: how many times the original context, such as 4",
+        args.scaling));
+  }
+  return RopeOverride{.scaling = yarn ? RopeScaling::yarn : RopeScaling::linear,
+                      .factor = args.scale,
+                      .original_context = args.original_context};
+}
+
 struct ThreadLimit::State {
   explicit State(int threads)
       : control(tbb::global_control::max_allowed_parallelism, static_cast<size_t>(threads)) {}
@@ -70,10 +112,12 @@ ThreadLimit::ThreadLimit(int threads) {
 }
 ThreadLimit::~ThreadLimit() = default;
 
-OpenedModel open_model(const std::string& path) {
+OpenedModel open_model(const ModelArgs& args) {
+  const std::optional<RopeOverride> rope = rope_override(args.rope);
   OpenedModel opened;
-  opened.file = std::make_shared<const GgufFile>(GgufFile::open(path));
+  opened.file = std::make_shared<const GgufFile>(GgufFile::open(args.path));
   opened.config = read_model_config(*opened.file);
+  if (rope) apply_rope_override(*rope, opened.config);
   opened.tokenizer = std::make_shared<const Tokenizer>(Tokenizer::from_gguf(*opened.file));
   return opened;
 }
@@ -82,8 +126,10 @@ int64_t checked_context(int64_t asked, const ModelConfig& config) {
   if (asked > config.context) {
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("a context of {} tokens is more than the {} that {} was made for: "
-                            "lower -c to at most {}",
-                            asked, config.context, one_line(config.name), config.context));
+                            "lower -c to at most {}, or go beyond it on purpose with "
+                            "--rope-scaling yarn --rope-scale {}",
+                            asked, config.context, one_line(config.name), config.context,
+                            (asked + config.context - 1) / config.context));
   }
   return asked == 0 ? config.context : asked;
 }
@@ -164,6 +210,8 @@ int guarded(const std::function<void()>& body) {
   try {
     body();
     return 0;
+  } catch (const ExitRequest& request) {
+    return request.code;
   } catch (const UsageError& error) {
     print_error(error.what());
     return kExitUsage;

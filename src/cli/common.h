@@ -28,15 +28,31 @@ struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Ends the program with this exit code; everything has been said.
+struct ExitRequest {
+  int code;
+};
+
+struct RopeArgs {
+  std::string scaling;           // empty = as the file says
+  double scale = 0;              // 0 = not given
+  int64_t original_context = 0;  // 0 = not given
+};
+
 struct ModelArgs {
   std::string path;
   int threads = 0;  // 0 = all
   bool no_equalize = false;
+  RopeArgs rope;
 };
 
 void add_model_option(CLI::App& app, ModelArgs& args);
 void add_threads_option(CLI::App& app, ModelArgs& args);
 void add_equalize_option(CLI::App& app, ModelArgs& args);
+void add_rope_options(CLI::App& app, ModelArgs& args);
+
+// What the RoPE options ask for together; nothing if none is given.
+std::optional<RopeOverride> rope_override(const RopeArgs& args);
 
 // Limits oneTBB for as long as it lives.
 class ThreadLimit {
@@ -56,7 +72,7 @@ struct OpenedModel {
   ModelConfig config;
   std::shared_ptr<const Tokenizer> tokenizer;
 };
-OpenedModel open_model(const std::string& path);
+OpenedModel open_model(const ModelArgs& args);
 
 // The context asked for, or the model's where it is 0. Error above the model's.
 int64_t checked_context(int64_t asked, const ModelConfig& config);
@@ -78,6 +94,9 @@ void write_text(const std::string& path, const std::string& text);
 
 // Writes to standard output; an error of the stream (a full disk) is an Error.
 void print(const std::string& text);
+
+// "thriftattn: error: ..." on stderr, one line.
+void print_error(const std::string& message);
 
 // Runs `body`; every failure becomes one line on stderr and an exit code.
 int guarded(const std::function<void()>& body);

@@ -6,7 +6,7 @@
 
 #include "cli/commands.h"
 #include "cli/common.h"
-#include "thriftattn/version.h"
+#include "cli/version_text.h"
 
 namespace thriftattn::cli {
 namespace {
@@ -23,6 +23,7 @@ Examples:
 std::string with_two_dashes(const std::string& argument) {
   if (argument == "-ctk") return "--cache-type-k";
   if (argument == "-ctv") return "--cache-type-v";
+  if (argument == "-cnv") return "--conversation";
   return argument;
 }
 
@@ -45,7 +46,7 @@ int run_program(int argc, const char* const* argv) {
     // Not require_subcommand(1), whose message would hide a misspelt command.
     app.require_subcommand(0, 1);
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-    app.set_version_flag("--version", fmt::format("thriftattn {} ({})", version(), git_commit()));
+    app.set_version_flag("--version", version_text);
     add_run_command(app);
     add_eval_command(app);
     add_calibrate_command(app);

@@ -69,6 +69,26 @@ std::string guarantee_text(const RunReport& r) {
   return text;
 }
 
+std::string document_text(const DocumentReport& d) {
+  if (d.cache_file.empty()) return fmt::format("{} tokens", d.tokens);
+  return d.loaded ? fmt::format("{} tokens loaded from {} in {:.2f} s ({})", d.tokens, d.cache_file,
+                                d.cache_seconds, human_bytes(d.cache_bytes))
+                  : fmt::format("{} tokens read in {:.2f} s, kept in {} ({}, {:.2f} s)", d.tokens,
+                                d.prefill.times.total, d.cache_file, human_bytes(d.cache_bytes),
+                                d.cache_seconds);
+}
+
+ordered_json document_json(const DocumentReport& d) {
+  ordered_json all = {{"tokens", d.tokens}, {"seconds", d.prefill.times.total}};
+  if (!d.cache_file.empty()) {
+    all["prompt_cache"] = {{"file", d.cache_file},
+                           {"loaded", d.loaded},
+                           {"bytes", d.cache_bytes},
+                           {"seconds", d.cache_seconds}};
+  }
+  return all;
+}
+
 ordered_json phase_json(const PhaseStats& p) {
   return {{"tokens", p.tokens},
           {"seconds", p.times.total},
@@ -84,8 +104,11 @@ std::string run_report_text(const RunReport& r) {
   const auto line = [&](std::string_view name, const std::string& value) {
     text += fmt::format("{:<10}{}\n", name, value);
   };
+  const std::string why =
+      r.questions == 1 ? r.stop : fmt::format("{} questions; the last: {}", r.questions, r.stop);
   line("tokens", fmt::format("{} prompt, {} answer ({}); context {}, chunk {}", r.prompt_tokens,
-                             r.answer_tokens, r.stop, r.context, r.chunk));
+                             r.answer_tokens, why, r.context, r.chunk));
+  if (r.document.tokens > 0) line("document", document_text(r.document));
   line("prefill", phase_text("", r.prefill).substr(1));
   if (r.decode.tokens > 0) line("decode", phase_text("", r.decode).substr(1));
   std::string held;
@@ -108,19 +131,22 @@ std::string run_report_text(const RunReport& r) {
     line("guarantee", guarantee_text(r));
   }
   line("equaliser", r.equalizer);
+  if (!r.rope_scaling.empty()) line("RoPE", r.rope_scaling);
   line("policy", fmt::format("{}: {}", r.policy, explain(r.layers)));
   while (text.ends_with("\n\n")) text.pop_back();
   line("model", r.model + "; " + r.compute);
   return text;
 }
 
-std::string run_report_json(const RunReport& r) {
+std::string run_report_json(const RunReport& r, bool one_line) {
   const AttendStats& a = r.decode.attend;
   const bool decoded = a.rows > 0;
   const auto if_decoded = [&](double x) { return decoded ? ordered_json(x) : ordered_json(); };
   ordered_json kv = ordered_json::object();
   for (const Plane& plane : planes(r.usage)) kv[std::string(plane.name) + "_bytes"] = plane.bytes;
-  const ordered_json all = {
+  ordered_json all = ordered_json::object();
+  if (!r.question.empty()) all["question"] = r.question;
+  all.update({
       {"answer", r.answer},
       {"stop", r.stop},
       {"policy", r.policy},
@@ -131,6 +157,8 @@ std::string run_report_json(const RunReport& r) {
       {"context", r.context},
       {"chunk", r.chunk},
       {"equalizer", r.equalizer},
+      {"rope_scaling", r.rope_scaling.empty() ? "none" : r.rope_scaling},
+      {"document", document_json(r.document)},
       {"prefill", phase_json(r.prefill)},
       {"decode", phase_json(r.decode)},
       {"kv_bytes", r.usage.total()},
@@ -149,9 +177,9 @@ std::string run_report_json(const RunReport& r) {
         {"mean_final_mass_skipped", if_decoded(per_head(a.final_mass_skipped, a))},
         {"mean_wanted_mass", if_decoded(per_head(a.wanted_mass, a))},
         {"capped_fraction", if_decoded(a.capped_fraction())}}},
-  };
+  });
   // A model can emit bytes that are not UTF-8.
-  return all.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  return all.dump(one_line ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace thriftattn::cli

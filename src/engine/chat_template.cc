@@ -26,8 +26,22 @@ class Builder {
   }
   void text(std::string_view text) {
     if (text.empty()) return;
-    if (chat_.pieces.empty() || chat_.pieces.back().special) chat_.pieces.push_back({});
+    const bool apart =
+        chat_.pieces.empty() || chat_.pieces.back().special || chat_.pieces.back().ends_document;
+    if (apart) chat_.pieces.push_back({});
     chat_.pieces.back().text += text;
+  }
+  // A user's text whose first `document` bytes are a document; `trimmed` as some forms want it.
+  void user_text(std::string_view whole, size_t document, bool trimmed) {
+    const std::string_view text = trimmed ? trim(whole) : whole;
+    const size_t skipped = text.empty() ? 0 : static_cast<size_t>(text.data() - whole.data());
+    const size_t cut = document > skipped ? std::min(document - skipped, text.size()) : 0;
+    this->text(text.substr(0, cut));
+    if (cut > 0) end_document();
+    this->text(text.substr(cut));
+  }
+  void end_document() {
+    if (!chat_.pieces.empty()) chat_.pieces.back().ends_document = true;
   }
   FormattedChat take() { return std::move(chat_); }
 
@@ -35,17 +49,24 @@ class Builder {
   FormattedChat chat_;
 };
 
+struct Turn {
+  std::string role;
+  std::string content;
+  size_t document = 0;  // bytes of `content` that are a document, the empty line included
+};
+
 // Folds documents into the user messages that follow them, and checks the roles.
-std::vector<ChatMessage> fold_documents(const std::vector<ChatMessage>& messages) {
-  std::vector<ChatMessage> out;
+std::vector<Turn> fold_documents(const std::vector<ChatMessage>& messages) {
+  std::vector<Turn> out;
   std::string document;
   for (const ChatMessage& m : messages) {
     if (m.role == "document") {
       document += m.content + "\n\n";
     } else if (m.role == "user") {
-      out.push_back({m.role, std::exchange(document, {}) + m.content});
+      const size_t bytes = document.size();
+      out.push_back({m.role, std::exchange(document, {}) + m.content, bytes});
     } else if (m.role == "system" || m.role == "assistant") {
-      out.push_back(m);
+      out.push_back({m.role, m.content});
     } else {
       throw Error(ErrorCode::invalid_argument,
                   "role '" + printable(m.role) +
@@ -70,17 +91,19 @@ FormattedChat plain(const std::vector<ChatMessage>& messages, bool add_generatio
     } else {
       b.text(m.content);
       b.text("\n\n");
+      if (m.role == "document") b.end_document();
     }
   }
   if (add_generation_prompt) b.text("Answer:");
   return b.take();
 }
 
-FormattedChat chatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+FormattedChat chatml(const std::vector<Turn>& messages, bool add_generation_prompt) {
   Builder b(ChatForm::chatml);
-  for (const ChatMessage& m : messages) {
+  for (const Turn& m : messages) {
     b.special("<|im_start|>");
-    b.text(m.role + "\n" + m.content);
+    b.text(m.role + "\n");
+    b.user_text(m.content, m.document, false);
     b.special("<|im_end|>");
     b.text("\n");
   }
@@ -91,7 +114,7 @@ FormattedChat chatml(const std::vector<ChatMessage>& messages, bool add_generati
   return b.take();
 }
 
-FormattedChat llama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+FormattedChat llama3(const std::vector<Turn>& messages, bool add_generation_prompt) {
   Builder b(ChatForm::llama3);
   const auto header = [&](std::string_view role) {
     b.special("<|start_header_id|>");
@@ -99,19 +122,19 @@ FormattedChat llama3(const std::vector<ChatMessage>& messages, bool add_generati
     b.special("<|end_header_id|>");
     b.text("\n\n");
   };
-  for (const ChatMessage& m : messages) {
+  for (const Turn& m : messages) {
     header(m.role);
-    b.text(trim(m.content));
+    b.user_text(m.content, m.document, true);
     b.special("<|eot_id|>");
   }
   if (add_generation_prompt) header("assistant");
   return b.take();
 }
 
-FormattedChat gemma(const std::vector<ChatMessage>& messages, bool add_generation_prompt) {
+FormattedChat gemma(const std::vector<Turn>& messages, bool add_generation_prompt) {
   Builder b(ChatForm::gemma);
   std::string system;  // has no turn of its own: it begins the next user turn
-  for (const ChatMessage& m : messages) {
+  for (const Turn& m : messages) {
     if (m.role == "system") {
       system += std::string(trim(m.content)) + "\n\n";
       continue;
@@ -119,7 +142,7 @@ FormattedChat gemma(const std::vector<ChatMessage>& messages, bool add_generatio
     b.special("<start_of_turn>");
     b.text(m.role == "assistant" ? "model\n" : "user\n");
     if (m.role == "user") b.text(std::exchange(system, {}));
-    b.text(trim(m.content));
+    b.user_text(m.content, m.document, true);
     b.special("<end_of_turn>");
     b.text("\n");
   }
@@ -205,7 +228,7 @@ std::string_view chat_form_name(ChatForm form) {
 
 FormattedChat format_chat(ChatForm form, const std::vector<ChatMessage>& messages,
                           bool add_generation_prompt, std::string_view default_system) {
-  std::vector<ChatMessage> folded = fold_documents(messages);
+  std::vector<Turn> folded = fold_documents(messages);
   switch (form) {
     case ChatForm::chatml:
       if (!default_system.empty() && (folded.empty() || folded[0].role != "system")) {
@@ -228,19 +251,52 @@ FormattedChat format_chat(const GgufFile& file, const std::vector<ChatMessage>& 
                      default_system_of(file.find_string("tokenizer.chat_template").value_or("")));
 }
 
-std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, const FormattedChat& chat) {
-  std::vector<int32_t> tokens = tokenizer.encode("");
+FormattedChat format_next_turn(ChatForm form, std::string_view question) {
+  Builder end(form);
+  switch (form) {
+    case ChatForm::chatml:
+      end.special("<|im_end|>");
+      end.text("\n");
+      break;
+    case ChatForm::llama3:
+      end.special("<|eot_id|>");
+      break;
+    case ChatForm::gemma:
+      end.special("<end_of_turn>");
+      end.text("\n");
+      break;
+    case ChatForm::plain:
+      end.text("\n\n");
+      break;
+  }
+  FormattedChat chat = end.take();
+  const FormattedChat next = format_chat(form, {{"user", std::string(question)}}, true);
+  chat.pieces.insert(chat.pieces.end(), next.pieces.begin(), next.pieces.end());
+  chat.parse_special = chat.parse_special || next.parse_special;
+  return chat;
+}
+
+ChatTokens encode_chat_parts(const Tokenizer& tokenizer, const FormattedChat& chat, bool begins) {
+  ChatTokens out;
+  if (begins) out.tokens = tokenizer.encode("");
+  bool continues = !begins;
   for (const ChatPiece& piece : chat.pieces) {
-    const auto part =
-        tokenizer.encode(piece.text, {.add_bos = false, .parse_special = piece.special});
+    const auto part = tokenizer.encode(
+        piece.text, {.add_bos = false, .parse_special = piece.special, .continues = continues});
     if (piece.special && part.size() != 1) {
       throw Error(ErrorCode::unsupported,
                   "the vocabulary has no token " + printable(piece.text) +
                       " that the model's chat form needs; ask without the chat form");
     }
-    tokens.insert(tokens.end(), part.begin(), part.end());
+    out.tokens.insert(out.tokens.end(), part.begin(), part.end());
+    if (piece.ends_document) out.document = out.tokens.size();
+    continues = piece.ends_document;
   }
-  return tokens;
+  return out;
+}
+
+std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, const FormattedChat& chat) {
+  return encode_chat_parts(tokenizer, chat).tokens;
 }
 
 }  // namespace thriftattn

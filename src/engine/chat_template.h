@@ -26,6 +26,9 @@ enum class ChatForm { plain, chatml, llama3, gemma };
 struct ChatPiece {
   std::string text;
   bool special = false;
+  // A document ends with this piece. It is encoded apart from the question behind it, so that its
+  // tokens do not depend on what is asked.
+  bool ends_document = false;
 };
 
 struct FormattedChat {
@@ -45,7 +48,17 @@ FormattedChat format_chat(const GgufFile& file, const std::vector<ChatMessage>& 
 FormattedChat format_chat(ChatForm form, const std::vector<ChatMessage>& messages,
                           bool add_generation_prompt, std::string_view default_system = {});
 
-// The tokens of a chat, with the beginning-of-text token if the model wants one.
+// What follows an answer of the model when the user goes on: the end of its turn, the next question
+// and the beginning of the next answer.
+FormattedChat format_next_turn(ChatForm form, std::string_view question);
+
+// The tokens of a chat, with the beginning-of-text token if the model wants one and `begins`.
+struct ChatTokens {
+  std::vector<int32_t> tokens;
+  size_t document = 0;  // of them, those up to the end of the (last) document; 0 = there is none
+};
+ChatTokens encode_chat_parts(const Tokenizer& tokenizer, const FormattedChat& chat,
+                             bool begins = true);
 std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, const FormattedChat& chat);
 
 }  // namespace thriftattn

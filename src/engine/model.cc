@@ -130,6 +130,7 @@ std::shared_ptr<const Model> Model::load(std::shared_ptr<const GgufFile> file,
   std::shared_ptr<Model> model(new Model());
   model->options_ = options;
   model->config_ = read_model_config(*file);
+  if (options.rope) apply_rope_override(*options.rope, model->config_);
   const ModelConfig& config = model->config_;
   Loader loader(*file, config, options.compute);
   loader.require_memory();

@@ -53,7 +53,7 @@ class Reader {
   double positive(std::string_view pattern, std::optional<double> otherwise) const;
   const FamilyFacts& family() const;
   void refuse_what_is_not_built() const;
-  double linear_factor() const;
+  void read_rope_scaling(RopeConfig& rope) const;
   int64_t head_dim(std::string_view pattern, int64_t otherwise) const;
   std::vector<bool> sliding_layers() const;
   void read_layers(const FamilyFacts& facts);
@@ -130,25 +130,54 @@ void Reader::refuse_what_is_not_built() const {
   for (const char* name : {"rope_factors_long.weight", "rope_factors_short.weight"}) {
     if (file_.find(name) != nullptr) {
       file_.fail(ErrorCode::unsupported,
-                 fmt::format("{} (LongRoPE) is not supported, supported: none, linear, Llama 3's "
-                             "rope_freqs.weight",
+                 fmt::format("{} (LongRoPE) is not supported, supported: none, linear, yarn, Llama "
+                             "3's rope_freqs.weight",
                              name));
     }
   }
 }
 
-double Reader::linear_factor() const {
+void Reader::read_rope_scaling(RopeConfig& rope) const {
   const std::string name = key("%s.rope.scaling.type");
   const std::string_view type = file_.find_string(name).value_or("linear");
-  if (type == "none") return 1.0;
-  if (type != "linear") {
+  if (type == "none") return;
+  if (type == "linear") {
+    // scale_linear is an older key for the same number.
+    rope.linear_factor = positive("%s.rope.scaling.factor", positive("%s.rope.scale_linear", 1.0));
+    return;
+  }
+  if (type != "yarn") {
     file_.fail(ErrorCode::unsupported,
-               fmt::format("{} is '{}', supported: none, linear, and Llama 3's through "
+               fmt::format("{} is '{}', supported: none, linear, yarn, and Llama 3's through "
                            "rope_freqs.weight",
                            name, printable(type)));
   }
-  // An older key for the same number.
-  return positive("%s.rope.scaling.factor", positive("%s.rope.scale_linear", 1.0));
+  for (const auto& [pattern, built_in] : {std::pair{"%s.rope.scaling.yarn_log_multiplier", 0.0},
+                                          std::pair{"%s.rope.scaling.yarn_ext_factor", 1.0}}) {
+    const double value = file_.find_f64(key(pattern)).value_or(built_in);
+    if (value == built_in) continue;
+    file_.fail(ErrorCode::unsupported, fmt::format("{} is {}, supported: {}; this variant of YaRN "
+                                                   "needs a newer version",
+                                                   key(pattern), value, built_in));
+  }
+  rope.linear_factor = positive("%s.rope.scaling.factor", {});
+  const std::string original = key("%s.rope.scaling.original_context_length");
+  YarnConfig yarn;
+  yarn.original_context = file_.has(original)
+                              ? count("%s.rope.scaling.original_context_length", kMaxContext)
+                              : config_.context;
+  // Two keys for factors of the same thing.
+  yarn.attn_factor = positive("%s.rope.scaling.attn_factor", 1.0) *
+                     positive("%s.rope.scaling.yarn_attn_factor", 1.0);
+  yarn.beta_fast = positive("%s.rope.scaling.yarn_beta_fast", yarn.beta_fast);
+  yarn.beta_slow = positive("%s.rope.scaling.yarn_beta_slow", yarn.beta_slow);
+  if (rope.linear_factor < 1.0 || yarn.beta_fast <= yarn.beta_slow) {
+    file_.fail(ErrorCode::corrupt,
+               fmt::format("YaRN has factor {}, beta_fast {} and beta_slow {}, required: a factor "
+                           "of at least 1 and beta_fast above beta_slow",
+                           rope.linear_factor, yarn.beta_fast, yarn.beta_slow));
+  }
+  rope.yarn = yarn;
 }
 
 int64_t Reader::head_dim(std::string_view pattern, int64_t otherwise) const {
@@ -198,7 +227,7 @@ void Reader::read_layers(const FamilyFacts& facts) {
                            key("%s.rope.dimension_count"), rope.dims, dim_k));
   }
   rope.freq_base = positive("%s.rope.freq_base", 10000.0);
-  rope.linear_factor = linear_factor();
+  read_rope_scaling(rope);
   rope.freq_factors = file_.find("rope_freqs.weight") != nullptr;
 
   int64_t window = 0;
@@ -212,6 +241,7 @@ void Reader::read_layers(const FamilyFacts& facts) {
   if (facts.family == Family::gemma3) {
     local.freq_base = kGemma3LocalBase;
     local.linear_factor = 1.0;
+    local.yarn.reset();
     local.freq_factors = false;
   }
   local.freq_base = positive("%s.rope.freq_base_swa", local.freq_base);
@@ -279,6 +309,47 @@ ModelConfig Reader::read() {
 }  // namespace
 
 ModelConfig read_model_config(const GgufFile& file) { return Reader(file).read(); }
+
+void apply_rope_override(const RopeOverride& wanted, ModelConfig& config) {
+  const auto fail = [](const std::string& message) {
+    throw Error(ErrorCode::invalid_argument, message);
+  };
+  if (!(wanted.factor >= 1.0) || wanted.factor > 1e6) {
+    fail(fmt::format("a RoPE scale of {} is not possible, required: 1 to 1000000", wanted.factor));
+  }
+  const std::optional<YarnConfig>& own = config.layers[0].rope.yarn;
+  int64_t original = config.context;
+  if (own) original = own->original_context;
+  if (wanted.original_context != 0) original = wanted.original_context;
+  if (original < 1 || static_cast<double>(original) * wanted.factor > kMaxContext) {
+    fail(
+        fmt::format("an original context of {} tokens times a RoPE scale of {} is not possible, "
+                    "required: 1 to {} tokens",
+                    original, wanted.factor, kMaxContext));
+  }
+  for (LayerConfig& layer : config.layers) {
+    if (config.family == Family::gemma3 && layer.window > 0) continue;
+    RopeConfig& rope = layer.rope;
+    rope.linear_factor = wanted.scaling == RopeScaling::none ? 1.0 : wanted.factor;
+    rope.yarn.reset();
+    if (wanted.scaling == RopeScaling::yarn) rope.yarn = YarnConfig{.original_context = original};
+  }
+  if (wanted.scaling != RopeScaling::none) {
+    config.context = static_cast<int64_t>(static_cast<double>(original) * wanted.factor);
+  }
+}
+
+std::string explain_rope_scaling(const ModelConfig& config) {
+  for (const LayerConfig& layer : config.layers) {
+    const RopeConfig& rope = layer.rope;
+    if (rope.yarn) {
+      return fmt::format("YaRN, {} times {} tokens", rope.linear_factor,
+                         rope.yarn->original_context);
+    }
+    if (rope.linear_factor != 1.0) return fmt::format("linear, {} times", rope.linear_factor);
+  }
+  return {};
+}
 
 std::vector<LayerShape> layer_shapes(const ModelConfig& config) {
   std::vector<LayerShape> shapes;

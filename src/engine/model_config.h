@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,12 +21,25 @@ enum class RopeLayout : uint8_t { interleaved, halves };
 
 enum class Activation : uint8_t { silu, gelu_tanh };
 
+// YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times within the original context
+// keep their frequency, those below beta_slow are divided by the factor, between them a ramp over
+// the pairs' indices; q and k grow by rope_magnitude().
+struct YarnConfig {
+  int64_t original_context = 0;  // tokens the model was trained for before it was stretched
+  double attn_factor = 1.0;
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+
+  bool operator==(const YarnConfig&) const = default;
+};
+
 struct RopeConfig {
   RopeLayout layout = RopeLayout::interleaved;
   int64_t dims = 0;  // elements of a head that turn, even; the rest stay as they are
   double freq_base = 10000.0;
-  double linear_factor = 1.0;  // positions are divided by it
-  bool freq_factors = false;   // divide the frequencies by rope_freqs.weight (Llama 3)
+  double linear_factor = 1.0;  // positions are divided by it; under YaRN those of slow pairs
+  std::optional<YarnConfig> yarn;
+  bool freq_factors = false;  // divide the frequencies by rope_freqs.weight (Llama 3)
 
   bool operator==(const RopeConfig&) const = default;
 };
@@ -62,6 +76,22 @@ struct ModelConfig {
 
   int64_t layer_count() const { return static_cast<int64_t>(layers.size()); }
 };
+
+// What the user asks for in place of the file's own scaling, so that more tokens fit than the model
+// was made for.
+enum class RopeScaling : uint8_t { none, linear, yarn };
+struct RopeOverride {
+  RopeScaling scaling = RopeScaling::none;
+  double factor = 1.0;           // at least 1
+  int64_t original_context = 0;  // yarn: 0 = what the file says, or the model's context
+
+  bool operator==(const RopeOverride&) const = default;
+};
+
+// Changes RoPE and context of a model. The sliding-window layers of Gemma 3 keep their own RoPE.
+void apply_rope_override(const RopeOverride& wanted, ModelConfig& config);
+// "YaRN, 4 times 32768 tokens", "linear, 2 times"; empty if positions are not scaled.
+std::string explain_rope_scaling(const ModelConfig& config);
 
 // Reads and checks the metadata. Throws Error (unsupported, corrupt or not_found) that names
 // the key, what is required or supported, and what the file has. Tensor shapes are checked

@@ -13,10 +13,16 @@ namespace thriftattn {
 // values that divide the frequencies), or empty.
 std::vector<double> rope_frequencies(const RopeConfig& config, const std::vector<float>& factors);
 
-// cos and sin for the positions first .. first + count - 1: [count][dims/2] each.
+// What cos and sin are multiplied with, for q and for k: YaRN's attn_factor * (1 + ln(factor) /
+// 10), which sharpens the attention over the longer context; 1 without YaRN.
+double rope_magnitude(const RopeConfig& config);
+
+// cos and sin for the positions first .. first + count - 1, times `magnitude`: [count][dims/2]
+// each.
 struct RopeTable {
   RopeTable() = default;
-  RopeTable(const std::vector<double>& frequencies, int64_t first, int64_t count);
+  RopeTable(const std::vector<double>& frequencies, int64_t first, int64_t count,
+            double magnitude = 1.0);
 
   int64_t pairs = 0;
   std::vector<float> cos, sin;

@@ -10,6 +10,12 @@
 
 namespace thriftattn {
 
+void PhaseStats::merge(const PhaseStats& other) {
+  tokens += other.tokens;
+  times.merge(other.times);
+  attend.merge(other.attend);
+}
+
 Session::Session(std::shared_ptr<const Model> model, const Policy& policy, SessionOptions options)
     : model_(std::move(model)), options_(std::move(options)) {
   const ModelConfig& config = model_->config();
@@ -68,6 +74,39 @@ void Session::truncate(int64_t length) {
   logits_.clear();
 }
 
+void Session::save(const ByteSink& sink) const {
+  // Zeros where they are not known; load() forgets them again.
+  std::vector<float> hidden = last_hidden_;
+  const uint64_t known = hidden.empty() ? 0 : 1;
+  hidden.resize(static_cast<size_t>(model_->config().width));
+  sink(&known, sizeof known);
+  sink(hidden.data(), hidden.size() * sizeof(float));
+  save_sequence(*cache_, sequence_, sink);
+}
+
+void Session::load(int64_t length, const ByteSource& source) {
+  if (this->length() != 0) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("load: the session holds {} tokens already; load into a new one",
+                            this->length()));
+  }
+  require_room(length);
+  uint64_t known = 0;
+  std::vector<float> hidden(static_cast<size_t>(model_->config().width));
+  source(&known, sizeof known);
+  source(hidden.data(), hidden.size() * sizeof(float));
+  if (known > 1) {
+    throw Error(ErrorCode::corrupt,
+                "the saved session does not say whether it has activations; "
+                "it is damaged");
+  }
+  const SequenceId loaded = load_sequence(*cache_, length, source);
+  cache_->free(sequence_);
+  sequence_ = loaded;
+  last_hidden_ = known != 0 ? std::move(hidden) : std::vector<float>();
+  logits_.clear();
+}
+
 int64_t Session::length() const { return cache_->length(sequence_); }
 
 const std::vector<LayerPolicy>& Session::policy() const { return cache_->config().policy; }
@@ -101,14 +140,14 @@ void Session::step(std::span<const int32_t> tokens, AttendMode mode, float* hidd
   options.mode = mode;
   options.stats = &phase.attend;
   options.times = &phase.times;
+  options.cancelled = options_.cancelled;
   forward(*model_, *cache_, sequence_, tokens, options, hidden);
   last_hidden_.assign(hidden + (count - 1) * width, hidden + count * width);
   logits_.clear();
 
   PhaseStats& sum = mode == AttendMode::prefill ? prefill_stats_ : decode_stats_;
-  sum.tokens += count;
-  sum.times.merge(phase.times);
-  sum.attend.merge(phase.attend);
+  phase.tokens = count;
+  sum.merge(phase);
 }
 
 void Session::prefill(std::span<const int32_t> tokens, const Progress& progress) {

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "cache/sequence_io.h"
 #include "engine/transformer.h"
 #include "thriftattn/kv_cache.h"
 #include "thriftattn/policy.h"
@@ -19,6 +20,8 @@ struct SessionOptions {
   Equalizer equalizer;       // from load_or_measure_equalizer(); empty = none
   int64_t chunk = 512;       // prefill step; part of the result (docs/formats.md)
   int64_t max_kv_bytes = 0;  // 0 = no limit
+  // Asked before each layer of each step; true ends it with Error(cancelled). Finished steps stay.
+  std::function<bool()> cancelled = {};
 };
 
 struct PhaseStats {
@@ -27,6 +30,7 @@ struct PhaseStats {
   AttendStats attend;  // summed over the layers
 
   double tokens_per_second() const { return times.total > 0 ? tokens / times.total : 0.0; }
+  void merge(const PhaseStats& other);
 };
 
 class Session {
@@ -50,6 +54,11 @@ class Session {
   // by fork() must be used from one thread at a time.
   Session fork() const;
   void truncate(int64_t length);
+  // The sequence and its last activations as bytes, and back into a session that is empty and was
+  // made with the same model, policy, equaliser and chunk (prompt_cache.h checks that). On an
+  // Error the session is as it was.
+  void save(const ByteSink& sink) const;
+  void load(int64_t length, const ByteSource& source);
   ~Session();
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;

@@ -373,7 +373,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
   }
   const SpecialTokens& special = options.parse_special ? state_->with_control : state_->always;
   // As llama.cpp does, the extra space comes at the start and after control tokens.
-  bool prefix = state_->add_space_prefix;
+  bool prefix = state_->add_space_prefix && !options.continues;
   for (size_t at = 0; at < text.size();) {
     const SpecialTokens::Match match = special.find(text, at);
     if (match.at > at) {

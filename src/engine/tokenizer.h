@@ -20,6 +20,8 @@ struct EncodeOptions {
   // for documents, which must not be able to end a turn. User-defined tokens (runs of line breaks
   // in Gemma, <tool_call> in Qwen) are part of the vocabulary and are always recognised.
   bool parse_special = false;
+  // The text goes on where another ended: no space is put before it.
+  bool continues = false;
 };
 
 // Immutable; safe to use from several threads.

@@ -125,7 +125,9 @@ Step::Step(const Model& model, KvCache& cache, SequenceId sequence, int64_t toke
   const int64_t first = cache.length(sequence);
   for (int64_t i = 0; i < config_.layer_count(); ++i) {
     RopeTable& table = ropes_[model.rope_table(i)];
-    if (table.pairs == 0) table = RopeTable(model.rope_frequencies(i), first, tokens);
+    if (table.pairs != 0) continue;
+    table = RopeTable(model.rope_frequencies(i), first, tokens,
+                      rope_magnitude(config_.layers[static_cast<size_t>(i)].rope));
   }
 }
 
@@ -278,6 +280,9 @@ void forward(const Model& model, KvCache& cache, SequenceId sequence,
     cache.begin_step(sequence, count);
     try {
       for (int64_t i = 0; i < model.config().layer_count(); ++i) {
+        if (options.cancelled && options.cancelled()) {
+          throw Error(ErrorCode::cancelled, "the step was cancelled; nothing of it is stored");
+        }
         step.attention(i);
         step.feed_forward(i);
       }

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct GgufTensor;
 
 struct ModelOptions {
   ComputeType compute = ComputeType::f32;
+  std::optional<RopeOverride> rope = std::nullopt;  // instead of the file's own scaling
 };
 
 // Weights of one layer. Vectors are empty where the family has none.
@@ -92,6 +94,8 @@ struct ForwardOptions {
   AttendStats* stats = nullptr;                     // summed over the layers
   std::vector<AttendStats>* layer_stats = nullptr;  // one a layer, merged into; resized if empty
   ForwardTimes* times = nullptr;                    // merged into
+  // Asked before each layer; true ends the step with Error(cancelled), which rolls it back.
+  std::function<bool()> cancelled;
   // Sees Q and K of each layer after RoPE and QK norm (the equaliser's measurement).
   std::function<void(int64_t layer, TensorView<const float> q, TensorView<const float> k)> on_qk;
 };

@@ -51,7 +51,16 @@ class Sandbox {
   // `address_space`: bytes the command may map; 0 = as the test.
   Outcome run(const std::vector<std::string>& arguments, const std::string& input = {},
               rlim_t address_space = 0) const {
-    const std::string in = write("stdin", input);
+    write("stdin", input);
+    return finish(start(arguments, -1, address_space));
+  }
+
+  // The two halves of run(). Standard input is `input_fd`, or the file "stdin" where it is -1.
+  pid_t start(const std::vector<std::string>& arguments, int input_fd = -1,
+              rlim_t address_space = 0) const {
+    const std::string in = path("stdin");
+    if (!std::filesystem::exists(in)) write("stdin", "");
+    for (const char* stream : {"stdout", "stderr"}) write(stream, "");
     const pid_t child = fork();
     if (child == 0) {
       setenv("XDG_CACHE_HOME", path("cache").c_str(), 1);
@@ -59,7 +68,11 @@ class Sandbox {
         const int fd = open(file.c_str(), flags, 0600);
         if (fd < 0 || dup2(fd, to) < 0) _exit(126);
       };
-      redirect(in, O_RDONLY, STDIN_FILENO);
+      if (input_fd < 0) {
+        redirect(in, O_RDONLY, STDIN_FILENO);
+      } else if (dup2(input_fd, STDIN_FILENO) < 0) {
+        _exit(126);
+      }
       redirect(path("stdout"), O_WRONLY | O_CREAT | O_TRUNC, STDOUT_FILENO);
       redirect(path("stderr"), O_WRONLY | O_CREAT | O_TRUNC, STDERR_FILENO);
       std::vector<char*> argv = {const_cast<char*>(THRIFTATTN_CLI)};
@@ -70,6 +83,9 @@ class Sandbox {
       execv(THRIFTATTN_CLI, argv.data());
       _exit(127);
     }
+    return child;
+  }
+  Outcome finish(pid_t child) const {
     int status = 0;
     waitpid(child, &status, 0);
     return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read(path("stdout")),

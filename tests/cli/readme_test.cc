@@ -63,7 +63,7 @@ std::vector<std::string> words(const std::string& line) {
 // not understood with 2.
 TEST(Readme, CommandLinesAreUnderstood) {
   int tried = 0;
-  for (const char* file : {"README.md", "docs/eval.md"}) {
+  for (const char* file : {"README.md", "docs/eval.md", "docs/run.md"}) {
     for (const std::string& line : block_lines(file, "sh")) {
       std::vector<std::string> all = words(line);
       if (all.empty() || !all[0].ends_with("thriftattn")) continue;

@@ -126,6 +126,57 @@ TEST(ChatTemplate, MissingControlTokensAreRefused) {
   EXPECT_NO_THROW(encode_chat(t, format_chat(ChatForm::plain, kAsk, true)));
 }
 
+// A document's tokens do not depend on the question, and encoding it apart changes no token where
+// a question begins as questions do.
+TEST(ChatTemplate, DocumentsAreEncodedApart) {
+  const GgufFile file = GgufFile::open(THRIFTATTN_SOURCE_DIR "/models/demo/thrift-demo.gguf");
+  const Tokenizer t = Tokenizer::from_gguf(file);
+  const std::string document = "A line, with 3 numbers.\n\nAnother line of it";
+  std::vector<int32_t> first;
+  for (const char* question : {"What?", "1 + 1", "  spaced", "\u00e9t\u00e9"}) {
+    const auto chat = format_chat(file, {{"document", document}, {"user", question}}, true);
+    const ChatTokens parts = encode_chat_parts(t, chat);
+    EXPECT_EQ(encode_chat(t, chat), parts.tokens);
+    EXPECT_EQ(parts.tokens, t.encode(chat.text())) << question;
+    const std::vector<int32_t> head(parts.tokens.begin(), parts.tokens.begin() + parts.document);
+    if (first.empty()) first = head;
+    EXPECT_EQ(head, first);
+    EXPECT_EQ(t.decode(head), document + "\n\n");
+  }
+  EXPECT_EQ(encode_chat_parts(t, format_chat(file, {{"user", "What?"}}, true)).document, 0u);
+}
+
+TEST(ChatTemplate, ADocumentEndsBeforeItsQuestionInEveryForm) {
+  const std::vector<ChatMessage> ask = {{"document", " The text. "}, {"user", " Why? "}};
+  const auto document_of = [&](ChatForm form) {
+    std::string text;
+    for (const ChatPiece& piece : format_chat(form, ask, true).pieces) {
+      text += piece.text;
+      if (piece.ends_document) return text;
+    }
+    return std::string("no document");
+  };
+  EXPECT_EQ(document_of(ChatForm::plain), " The text. \n\n");
+  EXPECT_EQ(document_of(ChatForm::chatml), "<|im_start|>user\n The text. \n\n");
+  EXPECT_EQ(document_of(ChatForm::llama3),
+            "<|start_header_id|>user<|end_header_id|>\n\nThe text. \n\n");
+  EXPECT_EQ(document_of(ChatForm::gemma), "<start_of_turn>user\nThe text. \n\n");
+}
+
+// A next turn is what the whole conversation has at that place.
+TEST(ChatTemplate, NextTurnContinuesTheConversation) {
+  for (const ChatForm form :
+       {ChatForm::plain, ChatForm::chatml, ChatForm::llama3, ChatForm::gemma}) {
+    const std::string begun = format_chat(form, {{"user", "One?"}}, true).text();
+    const std::string answer = form == ChatForm::plain ? " Yes." : "Yes.";
+    const std::string whole =
+        format_chat(form, {{"user", "One?"}, {"assistant", "Yes."}, {"user", "Two?"}}, true).text();
+    const FormattedChat next = format_next_turn(form, "Two?");
+    EXPECT_EQ(begun + answer + next.text(), whole) << chat_form_name(form);
+    EXPECT_EQ(next.parse_special, form != ChatForm::plain);
+  }
+}
+
 // The pieces give the tokens that the whole text gives, if no message holds a control token.
 TEST(ChatTemplate, QwenTokensEqualThoseOfTheWholeText) {
   const std::string path = THRIFTATTN_SOURCE_DIR "/models/qwen2.5-coder-1.5b.gguf";

@@ -131,8 +131,8 @@ TEST(ModelConfig, RefusesUnsupported) {
   has(refusal(spec, unsupported, {}), "supported: llama, qwen2, qwen3, gemma3");
   spec = {};
   has(refusal(spec, unsupported,
-              [](GgufWriter& w) { w.string("llama.rope.scaling.type", "yarn"); }),
-      "yarn");
+              [](GgufWriter& w) { w.string("llama.rope.scaling.type", "longrope"); }),
+      "longrope");
   has(refusal(spec, unsupported, [](GgufWriter& w) { w.u32("llama.expert_count", 8); }), "experts");
   has(refusal(spec, unsupported, [](GgufWriter& w) { w.boolean("llama.attention.causal", false); }),
       "causal");
@@ -170,6 +170,87 @@ TEST(ModelConfig, RefusesAbsurd) {
   TinySpec gemma = tiny_spec("gemma3");
   gemma.window = 0;
   refusal(gemma, ErrorCode::not_found, {});
+}
+
+void yarn_keys(GgufWriter& w) {
+  w.string("llama.rope.scaling.type", "yarn");
+  w.f32("llama.rope.scaling.factor", 4.0f);
+}
+
+TEST(ModelConfig, Yarn) {
+  const ModelConfig least = read({}, yarn_keys);
+  EXPECT_EQ(least.layers[1].rope.linear_factor, 4.0);
+  EXPECT_EQ(least.layers[1].rope.yarn, (YarnConfig{.original_context = 4096}));
+  EXPECT_EQ(least.context, 4096);
+  EXPECT_EQ(explain_rope_scaling(least), "YaRN, 4 times 4096 tokens");
+  const ModelConfig all = read({}, [](GgufWriter& w) {
+    yarn_keys(w);
+    w.u32("llama.rope.scaling.original_context_length", 1024);
+    w.f32("llama.rope.scaling.attn_factor", 0.5f);
+    w.f32("llama.rope.scaling.yarn_attn_factor", 3.0f);
+    w.f32("llama.rope.scaling.yarn_beta_fast", 16.0f);
+    w.f32("llama.rope.scaling.yarn_beta_slow", 2.0f);
+    w.f32("llama.rope.scaling.yarn_ext_factor", 1.0f);
+  });
+  EXPECT_EQ(all.layers[0].rope.yarn, (YarnConfig{.original_context = 1024,
+                                                 .attn_factor = 1.5,
+                                                 .beta_fast = 16.0,
+                                                 .beta_slow = 2.0}));
+  EXPECT_EQ(explain_rope_scaling(read({})), "");
+  EXPECT_EQ(explain_rope_scaling(read(tiny_spec("qwen3"))), "linear, 2 times");
+}
+
+TEST(ModelConfig, YarnRefusals) {
+  const auto with = [](const char* name, float value) {
+    return [name, value](GgufWriter& w) {
+      yarn_keys(w);
+      w.erase(name).f32(name, value);
+    };
+  };
+  const auto says = [](const std::string& message, const char* part) {
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  };
+  const ErrorCode corrupt = ErrorCode::corrupt;
+  const ErrorCode unsupported = ErrorCode::unsupported;
+  says(refusal({}, corrupt, with("llama.rope.scaling.factor", 0.5f)), "factor 0.5");
+  says(refusal({}, corrupt, with("llama.rope.scaling.yarn_beta_fast", 1.0f)), "beta_fast 1");
+  says(refusal({}, unsupported, with("llama.rope.scaling.yarn_log_multiplier", 0.1f)),
+       "yarn_log_multiplier");
+  says(refusal({}, unsupported, with("llama.rope.scaling.yarn_ext_factor", 0.5f)),
+       "yarn_ext_factor");
+  says(refusal({}, ErrorCode::not_found,
+               [](GgufWriter& w) { w.string("llama.rope.scaling.type", "yarn"); }),
+       "rope.scaling.factor");
+}
+
+TEST(ModelConfig, RopeOverride) {
+  ModelConfig c = read({});
+  apply_rope_override({.scaling = RopeScaling::yarn, .factor = 2.5}, c);
+  EXPECT_EQ(c.context, 10240);
+  EXPECT_EQ(c.layers[0].rope.linear_factor, 2.5);
+  EXPECT_EQ(c.layers[0].rope.yarn, (YarnConfig{.original_context = 4096}));
+  // What is asked for next starts from the original context, not from the stretched one.
+  apply_rope_override({.scaling = RopeScaling::linear, .factor = 2.0}, c);
+  EXPECT_EQ(c.context, 8192);
+  EXPECT_FALSE(c.layers[0].rope.yarn);
+  ModelConfig named = read({});
+  apply_rope_override({.scaling = RopeScaling::yarn, .factor = 4.0, .original_context = 2048},
+                      named);
+  EXPECT_EQ(named.context, 8192);
+  apply_rope_override({.scaling = RopeScaling::none}, named);
+  EXPECT_EQ(named.layers[1].rope, read({}).layers[1].rope);
+
+  ModelConfig gemma = read(tiny_spec("gemma3"));
+  apply_rope_override({.scaling = RopeScaling::yarn, .factor = 4.0}, gemma);
+  EXPECT_FALSE(gemma.layers[0].rope.yarn);  // local
+  EXPECT_EQ(gemma.layers[0].rope.linear_factor, 1.0);
+  EXPECT_TRUE(gemma.layers[5].rope.yarn);
+
+  for (const RopeOverride& bad :
+       {RopeOverride{RopeScaling::yarn, 0.5}, {RopeScaling::yarn, std::nan("")},
+        {RopeScaling::yarn, 1e6, int64_t{1} << 30}, {RopeScaling::yarn, 2.0, -5}}) {
+    EXPECT_THROW(apply_rope_override(bad, c), Error) << bad.factor;
+  }
 }
 
 }  // namespace

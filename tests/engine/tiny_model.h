@@ -33,6 +33,7 @@ struct TinySpec {
   int64_t rope_dims = 32;
   double freq_base = 10000.0;
   double linear = 1.0;        // rope.scaling.factor
+  int64_t yarn_context = 0;   // > 0: YaRN by that factor from this context
   bool rope_factors = false;  // rope_freqs.weight
   bool tied = false;
   double attention_softcap = 0.0;
@@ -143,8 +144,10 @@ inline TinyModel make_tiny(const TinySpec& spec, const TinyEdit& edit = {}) {
   f32("attention.layer_norm_rms_epsilon", 1e-6);
   f32("rope.freq_base", spec.freq_base);
   if (spec.linear != 1.0) {
-    model.writer.string(spec.arch + ".rope.scaling.type", "linear");
+    const bool yarn = spec.yarn_context > 0;
+    model.writer.string(spec.arch + ".rope.scaling.type", yarn ? "yarn" : "linear");
     f32("rope.scaling.factor", spec.linear);
+    if (yarn) u32("rope.scaling.original_context_length", spec.yarn_context);
   }
   if (spec.window > 0) u32("attention.sliding_window", spec.window);
   if (spec.attention_softcap > 0) f32("attn_logit_softcapping", spec.attention_softcap);
@@ -193,19 +196,37 @@ inline Row reference_product(const std::vector<float>& w, const Row& x) {
 struct TinyRope {
   double base;
   double linear;
+  int64_t yarn_context;
   const std::vector<float>* factors;
 };
+
+// YaRN by the number of turns within the original context: above 32 nothing is stretched, below 1
+// all, between them in proportion to the pair's place among the whole pairs around both ends.
+inline double reference_yarn_share(const TinyModel& m, const TinyRope& rope, int64_t pair) {
+  const auto turns = [&](double i) {
+    return rope.yarn_context / (2 * M_PI) / std::pow(rope.base, 2 * i / m.spec.rope_dims);
+  };
+  int64_t first = 0, last = 0;
+  while (turns(static_cast<double>(first + 1)) >= 32) ++first;
+  while (turns(static_cast<double>(last)) > 1) ++last;
+  if (pair <= first) return 0;
+  return pair >= last ? 1 : static_cast<double>(pair - first) / static_cast<double>(last - first);
+}
 
 inline void reference_rope(const TinyModel& m, const TinyRope& rope, int64_t position, double* x) {
   const int64_t pairs = m.spec.rope_dims / 2;
   for (int64_t i = 0; i < pairs; ++i) {
-    double angle = position / rope.linear / std::pow(rope.base, 2.0 * i / m.spec.rope_dims);
+    const double share = rope.yarn_context > 0 ? reference_yarn_share(m, rope, i) : 1.0;
+    const double turn = 1.0 - share + share / rope.linear;
+    double angle = position * turn / std::pow(rope.base, 2.0 * i / m.spec.rope_dims);
     if (rope.factors != nullptr) angle /= (*rope.factors)[static_cast<size_t>(i)];
     double& a = m.halves() ? x[i] : x[2 * i];
     double& b = m.halves() ? x[i + pairs] : x[2 * i + 1];
     const double a0 = a;
-    a = a0 * std::cos(angle) - b * std::sin(angle);
-    b = a0 * std::sin(angle) + b * std::cos(angle);
+    const double grow = rope.yarn_context > 0 ? 1.0 + std::log(rope.linear) / 10.0 : 1.0;
+    const double turned = a0 * std::cos(angle) - b * std::sin(angle);
+    b = grow * (a0 * std::sin(angle) + b * std::cos(angle));
+    a = grow * turned;
   }
 }
 
@@ -236,6 +257,7 @@ inline std::vector<Row> reference_logits(const TinyModel& m, const std::vector<i
     const TinyRope rope{
         .base = local ? 10000.0 : s.freq_base,
         .linear = local ? 1.0 : s.linear,
+        .yarn_context = local ? 0 : s.yarn_context,
         .factors = s.rope_factors && !local ? &m.tensors.at("rope_freqs.weight") : nullptr};
     std::vector<Row> q(n), k(n), v(n);
     for (size_t t = 0; t < n; ++t) {

@@ -86,6 +86,30 @@ TEST_P(EachFamily, MatchesPlainFp64) {
   EXPECT_LT(largest_difference(run(*model, tokens, 1, AttendMode::decode), expected), 1e-4);
 }
 
+// YaRN in both layouts, with Llama 3's frequency factors too, and beside local layers.
+TEST_P(EachFamily, YarnMatchesPlainFp64) {
+  TinySpec spec = tiny_spec(GetParam());
+  spec.linear = 8.0;
+  spec.yarn_context = 300;
+  const TinyModel tiny = make_tiny(spec);
+  const auto tokens = random_tokens(150, tiny.spec.vocab);
+  const std::vector<float> expected = flat(test::reference_logits(tiny, tokens));
+  const auto model = tiny.load();
+  EXPECT_LT(largest_difference(run(*model, tokens, 64, AttendMode::prefill), expected), 1e-4);
+  EXPECT_LT(largest_difference(run(*model, tokens, 1, AttendMode::decode), expected), 1e-4);
+  // The same scaling asked for by the user, on the model as it was before.
+  spec.linear = 1.0;
+  spec.yarn_context = 0;
+  spec.context = 300;
+  const TinyModel unscaled = make_tiny(spec);
+  const auto stretched =
+      Model::load(unscaled.file(), {.rope = RopeOverride{RopeScaling::yarn, 8.0, 0}});
+  EXPECT_EQ(stretched->config().context, 2400);
+  EXPECT_LT(largest_difference(run(*stretched, tokens, 64, AttendMode::prefill), expected), 1e-4);
+  EXPECT_GT(largest_difference(run(*unscaled.load(), tokens, 64, AttendMode::prefill), expected),
+            1e-2);
+}
+
 // BF16 weights: the same model whose matrices were rounded beforehand.
 TEST_P(EachFamily, Bf16Weights) {
   const auto round = [](std::map<std::string, std::vector<float>>& tensors) {

@@ -19,10 +19,18 @@ struct SideMeta {
   float* error_both;
 };
 
+// The order is part of the page's bytes: 16 FP64 sums, of the elements i mod 16, then a tree of
+// adjacent pairs.
 float rms_of(const std::vector<float>& x) {
-  double sum = 0;
-  for (float v : x) sum += static_cast<double>(v) * v;
-  return static_cast<float>(std::sqrt(sum / static_cast<double>(x.size())));
+  constexpr size_t kSums = 16;
+  double sums[kSums] = {};
+  for (size_t i = 0; i < x.size(); i += kSums) {
+    for (size_t j = 0; j < kSums; ++j) sums[j] += static_cast<double>(x[i + j]) * x[i + j];
+  }
+  for (size_t step = 1; step < kSums; step *= 2) {
+    for (size_t j = 0; j < kSums; j += 2 * step) sums[j] += sums[j + step];
+  }
+  return static_cast<float>(std::sqrt(sums[0] / static_cast<double>(x.size())));
 }
 
 // The common part of K and V: mean, base, residual. Leaves decode(base) in `decoded`.
@@ -41,8 +49,11 @@ void encode_side(const SideLayout& side, OpenSide open, bool center, uint8_t* he
       // its rounding costs nothing.
       const float ref = open.reference ? bf16_to_f32(open.reference[d]) : 0.0f;
       stored_mean[d] = f32_to_bf16(ref + mean[static_cast<size_t>(d)]);
-      const float shift = bf16_to_f32(stored_mean[d]) - ref;
-      for (int64_t t = 0; t < kPageTokens; ++t) x[static_cast<size_t>(t * dim + d)] -= shift;
+      mean[static_cast<size_t>(d)] = bf16_to_f32(stored_mean[d]) - ref;
+    }
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      float* row = &x[static_cast<size_t>(t * dim)];
+      for (int64_t d = 0; d < dim; ++d) row[d] -= mean[static_cast<size_t>(d)];
     }
   } else {
     for (int64_t d = 0; d < dim; ++d) stored_mean[d] = 0;

@@ -276,7 +276,7 @@ HWY_INLINE hn::Vec<D> RoundE2m1(D d, hn::Vec<D> a, hn::Vec<D> scale) {
 // Twice a grid value (0, 1, 2, 3, 4, 6, 8, 12), + 16 where the bit of `sign_bit` is set in x: a
 // byte an element, which PackE2m1 turns into codes.
 template <class D>
-HWY_INLINE void StoreDoubled(D d, hn::Vec<D> value, hn::Vec<D> x,
+HWY_INLINE void StoreDoubled(D /*d*/, hn::Vec<D> value, hn::Vec<D> x,
                              hn::Vec<hn::RebindToUnsigned<D>> sign_bit, uint8_t* out) {
   const hn::RebindToSigned<D> di;
   const hn::RebindToUnsigned<D> du;

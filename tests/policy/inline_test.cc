@@ -221,7 +221,11 @@ TEST(Documentation, EveryExampleWorks) {
   while (std::getline(file, line)) {
     if (line.starts_with("```")) {
       if (in_json) {
-        EXPECT_NO_THROW(layers_of(json, 36, sliding)) << json;
+        const PolicyContext model{.layers = 36,
+                                  .sliding_window = sliding,
+                                  .kv_heads = std::vector<int64_t>(36, 8),
+                                  .context_tokens = 131072};
+        EXPECT_NO_THROW(resolve(parse_policy(json), model)) << json;
         ++examples;
       }
       in_policies = line == "```policy";

@@ -19,6 +19,18 @@ inline bool cpu_has_avx512_bf16() {
 #endif
 }
 
+// AVX-512 with byte dot products.
+inline bool cpu_has_avx512_vnni() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vnni");
+  return has;
+#else
+  return false;
+#endif
+}
+
 struct SimdTargets {
   std::string chosen;                  // what kernels run with
   std::vector<std::string> available;  // built in and supported by the machine, best first

@@ -1,9 +1,7 @@
-// Loading and multiplying of DenseMatrix. oneDNN is built with OpenMP on Debian, whose threads
-// spin after each call and would fight with oneTBB for the cores: so it runs single-threaded
-// inside oneTBB tasks over fixed tiles, which also makes results independent of the threads.
+// Loading and multiplying of DenseMatrix: products are cut into fixed tiles, which run as oneTBB
+// tasks.
 #include "engine/dense.h"
 
-#include <dlfcn.h>
 #include <fmt/format.h>
 #include <oneapi/tbb/blocked_range.h>
 #include <oneapi/tbb/parallel_for.h>
@@ -11,12 +9,10 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <new>
-#include <oneapi/dnnl/dnnl.hpp>
-#include <span>
+#include <type_traits>
 
-#include "base/float_convert.h"
 #include "engine/gemv.h"
+#include "engine/gemv_vnni.h"
 #include "engine/gguf.h"
 #include "thriftattn/error.h"
 
@@ -29,197 +25,108 @@ constexpr size_t kAlign = size_t{2} << 20;  // a huge page: fewer TLB misses whi
 // at 16).
 constexpr int64_t kFewRowsF32 = 8;
 constexpr int64_t kFewRowsBf16 = 16;
+constexpr int64_t kFewRowsStored = kGemvRows;
 constexpr int64_t kTileRows = 256;         // of x
 constexpr int64_t kTileColumns = 256;      // rows of W
-constexpr int64_t kTileDepth = 1024;       // BF16 widened at a time: 1 MiB of FP32
+constexpr int64_t kTileDepth = 1024;       // expanded to FP32 at a time: 1 MiB
 constexpr int64_t kGemvBytes = 256 << 10;  // of W in a task
 
-// One OpenMP thread for the calls of this scope. The functions are looked up at run time: a
-// oneDNN without OpenMP brings none, and needs none.
-class OneThread {
- public:
-  OneThread() {
-    if (set() == nullptr || get() == nullptr) return;
-    before_ = get()();
-    set()(1);
-  }
-  ~OneThread() {
-    if (before_ > 0) set()(before_);
-  }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-
- private:
-  using Set = void (*)(int);
-  using Get = int (*)();
-  static Set set() {
-    static const Set function = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
-    return function;
-  }
-  static Get get() {
-    static const Get function = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
-    return function;
-  }
-  int before_ = 0;
-};
-
-void check(dnnl_status_t status, int64_t m, int64_t n, int64_t k) {
-  if (status == dnnl_success) return;
-  throw Error(status == dnnl_out_of_memory ? ErrorCode::out_of_memory : ErrorCode::unsupported,
-              fmt::format("oneDNN failed with status {} on a {} x {} x {} product; check the "
-                          "installed libdnnl (2.6 or later)",
-                          static_cast<int>(status), m, n, k));
+GgmlType kept_as(ComputeType type) {
+  return type == ComputeType::f32 ? GgmlType::f32 : GgmlType::bf16;
 }
 
-struct Product {
-  const float* x;
-  int64_t ldx;
-  const float* w;
-  int64_t ldw;
-  float* y;
-  int64_t ldy;
-  int64_t m, n, k;
-  bool accumulate;
-};
-
-void sgemm(const Product& p) {
-  check(dnnl_sgemm('N', 'T', p.m, p.n, p.k, 1.0f, p.x, p.ldx, p.w, p.ldw,
-                   p.accumulate ? 1.0f : 0.0f, p.y, p.ldy),
-        p.m, p.n, p.k);
-}
-
-// y[m][ldy] = x[m][k] w[n][k]^T in BF16 with FP32 accumulation.
-void bf16_gemm(const uint16_t* x, const uint16_t* w, const Product& p) {
-  using dnnl::memory;
-  const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
-  dnnl::stream stream(engine);
-  const memory::desc xd({p.m, p.k}, memory::data_type::bf16, memory::dims{p.k, 1});
-  const memory::desc wd({p.k, p.n}, memory::data_type::bf16, memory::dims{1, p.k});
-  const memory::desc yd({p.m, p.n}, memory::data_type::f32, memory::dims{p.ldy, 1});
-  try {
-    // oneDNN caches primitives by shape, so only the first tile of a shape pays.
-    const dnnl::matmul product({dnnl::matmul::desc(xd, wd, yd), engine});
-    product.execute(stream, {{DNNL_ARG_SRC, memory(xd, engine, const_cast<uint16_t*>(x))},
-                             {DNNL_ARG_WEIGHTS, memory(wd, engine, const_cast<uint16_t*>(w))},
-                             {DNNL_ARG_DST, memory(yd, engine, p.y)}});
-    stream.wait();
-  } catch (const dnnl::error& error) {
-    check(error.status, p.m, p.n, p.k);
-  }
-}
-
-void add_bias(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) {
-  if (bias == nullptr) return;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) y[i * ldy + j] += bias[j];
-  }
-}
-
-// Runs task(m0, m, n0, n) for every tile of an m x n result.
-template <typename Task>
-void for_tiles(int64_t m, int64_t n, int64_t tile_m, int64_t tile_n, const Task& task) {
-  const int64_t columns = (n + tile_n - 1) / tile_n;
-  const int64_t tiles = columns * ((m + tile_m - 1) / tile_m);
-  tbb::parallel_for(int64_t{0}, tiles, [&](int64_t i) {
-    const int64_t m0 = i / columns * tile_m;
-    const int64_t n0 = i % columns * tile_n;
-    task(m0, std::min(tile_m, m - m0), n0, std::min(tile_n, n - n0));
-  });
-}
-
-enum class Bf16Support { native, cpu_without, self_test_failed };
-
-// Small integers, whose products and sums are exact in any order, with a row stride that is not
-// the width: a oneDNN that gets them wrong, or refuses, is not used.
-bool bf16_self_test() {
-  const int64_t m = 33, n = 40, k = 96, ldy = 50;
-  std::vector<uint16_t> x(m * k), w(n * k);
-  for (int64_t i = 0; i < m * k; ++i) x[i] = f32_to_bf16(static_cast<float>(i * 7 % 15 - 7));
-  for (int64_t i = 0; i < n * k; ++i) w[i] = f32_to_bf16(static_cast<float>(i * 5 % 13 - 6));
-  std::vector<float> y(m * ldy, -1.0f);
-  const OneThread one_thread;
-  try {
-    bf16_gemm(x.data(), w.data(),
-              {.x = nullptr,
-               .ldx = k,
-               .w = nullptr,
-               .ldw = k,
-               .y = y.data(),
-               .ldy = ldy,
-               .m = m,
-               .n = n,
-               .k = k,
-               .accumulate = false});
-  } catch (const Error&) {
-    return false;
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < ldy; ++j) {
-      float want = j < n ? 0.0f : -1.0f;
-      for (int64_t d = 0; j < n && d < k; ++d) {
-        want += bf16_to_f32(x[i * k + d]) * bf16_to_f32(w[j * k + d]);
-      }
-      if (y[i * ldy + j] != want) return false;
-    }
-  }
-  return true;
-}
-
-Bf16Support bf16_support() {
-  static const Bf16Support support = [] {
-    const auto isa = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
-    const auto bf16 = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
-    if ((isa & bf16) != bf16) return Bf16Support::cpu_without;
-    return bf16_self_test() ? Bf16Support::native : Bf16Support::self_test_failed;
-  }();
-  return support;
+int64_t bytes_of(GgmlType type, int64_t elements) {
+  const GgmlTypeInfo& info = ggml_type_info(type);
+  return elements / info.block_elements * info.block_bytes;
 }
 
 }  // namespace
 
-std::string_view to_string(ComputeType type) { return type == ComputeType::f32 ? "f32" : "bf16"; }
-
-bool bf16_is_native() { return bf16_support() == Bf16Support::native; }
+std::string_view to_string(ComputeType type) {
+  switch (type) {
+    case ComputeType::f32:
+      return "f32";
+    case ComputeType::bf16:
+      return "bf16";
+    case ComputeType::stored:
+      break;
+  }
+  return "stored";
+}
 
 std::string explain_compute(ComputeType type) {
   if (type == ComputeType::f32) return "dense layers: weights FP32, arithmetic FP32";
-  if (bf16_is_native()) {
+  const int64_t few = few_rows(type);
+  if (type == ComputeType::bf16) {
+    if (!bf16_is_native()) {
+      return fmt::format("dense layers: weights BF16, arithmetic FP32 ({})",
+                         why_bf16_is_not_native());
+    }
     return fmt::format(
         "dense layers: weights BF16; activations rounded to BF16 in prefill (more "
         "than {} tokens at once), FP32 in decode; sums FP32",
-        kFewRowsBf16);
+        few);
   }
-  const char* why = bf16_support() == Bf16Support::cpu_without
-                        ? "native BF16 needs AVX-512 BF16 or AMX; this CPU has neither"
-                        : "oneDNN's BF16 product failed its self-test on this CPU";
-  return fmt::format("dense layers: weights BF16, arithmetic FP32 ({})", why);
+  const char* decode = gemv_vnni_available()
+                           ? "activations in 23-bit fixed point with quantised weights, else FP32"
+                           : "arithmetic FP32";
+  const std::string prefill = bf16_is_native()
+                                  ? "weights and activations rounded to BF16"
+                                  : fmt::format("arithmetic FP32 ({})", why_bf16_is_not_native());
+  return fmt::format(
+      "dense layers: weights as the file stores them; decode (up to {} tokens at once): {}; "
+      "prefill: {}; sums FP32",
+      few, decode, prefill);
+}
+
+int64_t few_rows(ComputeType type) {
+  switch (type) {
+    case ComputeType::f32:
+      return kFewRowsF32;
+    case ComputeType::bf16:
+      return kFewRowsBf16;
+    case ComputeType::stored:
+      break;
+  }
+  return kFewRowsStored;
 }
 
 void DenseMatrix::AlignedDelete::operator()(void* p) const { std::free(p); }
 
-DenseMatrix::DenseMatrix(int64_t n, int64_t k, ComputeType type) : n_(n), k_(k), type_(type) {
-  const size_t wanted = static_cast<size_t>(bytes());
+DenseMatrix::DenseMatrix(int64_t n, int64_t k, ComputeType type) : k_(k), type_(type) {
+  const GgmlType kept = kept_as(type);
+  const auto wanted = static_cast<size_t>(bytes_of(kept, n * k));
   const size_t align = wanted >= kAlign ? kAlign : 64;
   const size_t size = (wanted + align - 1) / align * align;
-  data_.reset(std::aligned_alloc(align, std::max(size, align)));
+  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, std::max(size, align))));
   if (data_ == nullptr) {
     throw Error(ErrorCode::out_of_memory,
                 fmt::format("no memory for a {} x {} weight matrix ({} MiB); use a smaller model "
-                            "or the compute type bf16",
+                            "or the compute type auto",
                             n, k, wanted >> 20));
   }
   if (align == kAlign) madvise(data_.get(), size, MADV_HUGEPAGE);  // a hint: failure is harmless
+  add_part(kept, data_.get(), n);
+}
+
+void DenseMatrix::add_part(GgmlType type, const uint8_t* data, int64_t rows) {
+  parts_.push_back(
+      {.type = type, .data = data, .first = n_, .rows = rows, .row_bytes = bytes_of(type, k_)});
+  n_ += rows;
 }
 
 int64_t DenseMatrix::bytes() const {
-  return n_ * k_ * (type_ == ComputeType::f32 ? int64_t{4} : int64_t{2});
+  int64_t sum = 0;
+  for (const Part& part : parts_) sum += part.rows * part.row_bytes;
+  return sum;
 }
 
 void DenseMatrix::set_rows(int64_t first, int64_t count, const float* values) {
+  uint8_t* to = data_.get() + first * parts_.front().row_bytes;
   if (type_ == ComputeType::f32) {
-    std::copy_n(values, count * k_, static_cast<float*>(data_.get()) + first * k_);
+    std::copy_n(values, count * k_, reinterpret_cast<float*>(to));
   } else {
-    narrow_bf16(values, count * k_, static_cast<uint16_t*>(data_.get()) + first * k_);
+    narrow_bf16(values, count * k_, reinterpret_cast<uint16_t*>(to));
   }
 }
 
@@ -235,115 +142,156 @@ DenseMatrix DenseMatrix::load(const GgufFile& file, const std::vector<std::strin
     }
     n += rows[i];
   }
-  DenseMatrix matrix(n, k, type);
+  const bool stored = type == ComputeType::stored;
+  DenseMatrix matrix;
+  if (stored) {
+    matrix.k_ = k;
+    matrix.type_ = type;
+  } else {
+    matrix = DenseMatrix(n, k, type);
+  }
   int64_t first = 0;
   for (size_t i = 0; i < names.size(); ++i) {
     const GgufTensor& tensor = file.require(names[i]);
     const tbb::blocked_range<int64_t> range(0, rows[i], std::max<int64_t>(1, (64 << 10) / k));
     tbb::parallel_for(range, [&](const tbb::blocked_range<int64_t>& part) {
       check_finite(tensor, part.begin(), static_cast<int64_t>(part.size()));
+      if (stored) return;
       std::vector<float> row(static_cast<size_t>(k));
       for (int64_t r = part.begin(); r < part.end(); ++r) {
         dequantize_rows(tensor, r, 1, row.data());
         matrix.set_rows(first + r, 1, row.data());
       }
     });
+    if (stored) {
+      matrix.add_part(tensor.type, reinterpret_cast<const uint8_t*>(tensor.data.data()), rows[i]);
+    }
     first += rows[i];
   }
   return matrix;
 }
 
-void DenseMatrix::multiply(const float* x, int64_t m, float* y, const float* bias) const {
-  if (m <= (type_ == ComputeType::f32 ? kFewRowsF32 : kFewRowsBf16)) {
-    multiply_few(x, m, y, bias);
-  } else if (type_ == ComputeType::f32) {
-    multiply_f32(x, m, y, bias);
-  } else if (bf16_is_native()) {
-    multiply_bf16(x, m, y, bias);
-  } else {
-    multiply_widened(x, m, y, bias);
+// The rows of W in pieces of at most rows_of(part) rows. They depend on nothing else.
+template <typename RowsOf>
+std::vector<DenseMatrix::Tile> DenseMatrix::tiles(const RowsOf& rows_of) const {
+  std::vector<Tile> tiles;
+  for (const Part& part : parts_) {
+    const int64_t step = rows_of(part);
+    for (int64_t i = 0; i < part.rows; i += step) {
+      tiles.push_back({&part, part.first + i, std::min(step, part.rows - i)});
+    }
+  }
+  return tiles;
+}
+
+void DenseMatrix::add_bias(const Product& p, int64_t m0, int64_t m, const Tile& tile) const {
+  if (p.bias == nullptr) return;
+  for (int64_t i = m0; i < m0 + m; ++i) {
+    for (int64_t j = tile.first; j < tile.first + tile.rows; ++j) p.y[i * n_ + j] += p.bias[j];
   }
 }
 
-void DenseMatrix::multiply_few(const float* x, int64_t m, float* y, const float* bias) const {
-  const int64_t row_bytes = std::max<int64_t>(1, bytes() / std::max<int64_t>(1, n_));
-  // A multiple of 4, the rows that the kernel takes at a time.
-  const int64_t tile = std::max<int64_t>(4, kGemvBytes / row_bytes / 4 * 4);
-  for_tiles(m, n_, m, tile, [&](int64_t, int64_t, int64_t n0, int64_t n) {
-    GemvArgs args{.w = nullptr, .n = n, .k = k_, .x = x, .m = m, .y = y + n0, .y_stride = n_};
-    if (type_ == ComputeType::f32) {
-      args.w = f32() + n0 * k_;
-      gemv_f32(args);
-    } else {
-      args.w = bf16() + n0 * k_;
-      gemv_bf16(args);
-    }
-    add_bias(bias == nullptr ? nullptr : bias + n0, m, n, y + n0, n_);
-  });
-}
-
-void DenseMatrix::multiply_f32(const float* x, int64_t m, float* y, const float* bias) const {
-  for_tiles(m, n_, kTileRows, kTileColumns, [&](int64_t m0, int64_t tm, int64_t n0, int64_t tn) {
-    const OneThread one_thread;
-    float* out = y + m0 * n_ + n0;
-    sgemm({.x = x + m0 * k_,
-           .ldx = k_,
-           .w = f32() + n0 * k_,
-           .ldw = k_,
-           .y = out,
-           .ldy = n_,
-           .m = tm,
-           .n = tn,
-           .k = k_,
-           .accumulate = false});
-    add_bias(bias == nullptr ? nullptr : bias + n0, tm, tn, out, n_);
-  });
-}
-
-// All of x for each tile of W, so that W is widened once.
-void DenseMatrix::multiply_widened(const float* x, int64_t m, float* y, const float* bias) const {
-  for_tiles(m, n_, m, kTileColumns, [&](int64_t, int64_t, int64_t n0, int64_t tn) {
-    const OneThread one_thread;
-    std::vector<float> w(static_cast<size_t>(tn * std::min(kTileDepth, k_)));
-    for (int64_t k0 = 0; k0 < k_; k0 += kTileDepth) {
-      const int64_t tk = std::min(kTileDepth, k_ - k0);
-      for (int64_t j = 0; j < tn; ++j) {
-        widen_bf16(bf16() + (n0 + j) * k_ + k0, tk, w.data() + j * tk);
-      }
-      sgemm({.x = x + k0,
-             .ldx = k_,
-             .w = w.data(),
-             .ldw = tk,
-             .y = y + n0,
-             .ldy = n_,
-             .m = m,
-             .n = tn,
-             .k = tk,
-             .accumulate = k0 > 0});
-    }
-    add_bias(bias == nullptr ? nullptr : bias + n0, m, tn, y + n0, n_);
-  });
-}
-
-void DenseMatrix::multiply_bf16(const float* x, int64_t m, float* y, const float* bias) const {
+void DenseMatrix::multiply(const float* x, int64_t m, float* y, const float* bias) const {
+  const Product p{.x = x, .m = m, .y = y, .bias = bias};
+  if (m <= few_rows(type_)) return multiply_few(p);
+  if (type_ == ComputeType::f32) return multiply_kept(x, p);
+  if (!bf16_is_native()) return multiply_expanded(x, p);
   std::vector<uint16_t> narrow(static_cast<size_t>(m * k_));
   tbb::parallel_for(int64_t{0}, m,
                     [&](int64_t i) { narrow_bf16(x + i * k_, k_, narrow.data() + i * k_); });
-  for_tiles(m, n_, kTileRows, kTileColumns, [&](int64_t m0, int64_t tm, int64_t n0, int64_t tn) {
-    const OneThread one_thread;
-    float* out = y + m0 * n_ + n0;
-    bf16_gemm(narrow.data() + m0 * k_, bf16() + n0 * k_,
-              {.x = nullptr,
-               .ldx = k_,
-               .w = nullptr,
-               .ldw = k_,
-               .y = out,
-               .ldy = n_,
-               .m = tm,
-               .n = tn,
-               .k = k_,
-               .accumulate = false});
-    add_bias(bias == nullptr ? nullptr : bias + n0, tm, tn, out, n_);
+  if (type_ == ComputeType::bf16) return multiply_kept(narrow.data(), p);
+  multiply_expanded(narrow.data(), p);
+}
+
+void DenseMatrix::multiply_few(const Product& p) const {
+  // A multiple of 4, the rows that the kernels take at a time.
+  const auto pieces = tiles([](const Part& part) {
+    return std::max<int64_t>(4, kGemvBytes / std::max<int64_t>(1, part.row_bytes) / 4 * 4);
+  });
+  FixedRows fixed;
+  const bool integers = gemv_vnni_available() &&
+                        std::any_of(parts_.begin(), parts_.end(),
+                                    [](const Part& part) { return gemv_vnni_takes(part.type); });
+  if (integers) fixed = FixedRows(p.x, p.m, k_);
+  tbb::parallel_for(size_t{0}, pieces.size(), [&](size_t i) {
+    const Tile& tile = pieces[i];
+    const GemvArgs args{.type = tile.part->type,
+                        .w = tile.data(),
+                        .n = tile.rows,
+                        .k = k_,
+                        .x = p.x,
+                        .m = p.m,
+                        .y = p.y + tile.first,
+                        .y_stride = n_};
+    if (integers && gemv_vnni_takes(args.type)) {
+      gemv_vnni(args, fixed);
+    } else {
+      gemv(args);
+    }
+    add_bias(p, 0, p.m, tile);
+  });
+}
+
+template <typename T>
+GemmArgs<T> DenseMatrix::gemm_args(const T* x, const Product& p, int64_t m0,
+                                   const Tile& tile) const {
+  return {.x = x + m0 * k_,
+          .ldx = k_,
+          .w = reinterpret_cast<const T*>(tile.data()),
+          .ldw = k_,
+          .y = p.y + m0 * n_ + tile.first,
+          .ldy = n_,
+          .m = std::min(kTileRows, p.m - m0),
+          .n = tile.rows,
+          .k = k_};
+}
+
+// W is kept as T.
+template <typename T>
+void DenseMatrix::multiply_kept(const T* x, const Product& p) const {
+  const auto columns = tiles([](const Part&) { return kTileColumns; });
+  const auto count = static_cast<int64_t>(columns.size());
+  tbb::parallel_for(int64_t{0}, (p.m + kTileRows - 1) / kTileRows * count, [&](int64_t i) {
+    const Tile& tile = columns[static_cast<size_t>(i % count)];
+    const int64_t m0 = i / count * kTileRows;
+    const GemmArgs<T> args = gemm_args(x, p, m0, tile);
+    gemm(args);
+    add_bias(p, m0, args.m, tile);
+  });
+}
+
+// All of x for each tile of W, so that W is expanded once: to BF16 as a whole, to FP32 in pieces
+// that stay in L2.
+template <typename T>
+void DenseMatrix::multiply_expanded(const T* x, const Product& p) const {
+  constexpr bool kPieces = std::is_same_v<T, float>;
+  const int64_t depth = kPieces ? std::min(kTileDepth, k_) : k_;
+  const auto columns = tiles([](const Part&) { return kTileColumns; });
+  tbb::parallel_for(size_t{0}, columns.size(), [&](size_t i) {
+    const Tile& tile = columns[i];
+    const auto w = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(tile.rows * depth));
+    for (int64_t k0 = 0; k0 < k_; k0 += depth) {
+      const int64_t tk = std::min(depth, k_ - k0);
+      for (int64_t j = 0; j < tile.rows; ++j) {
+        const uint8_t* row = tile.data() + j * tile.part->row_bytes;
+        expand(tile.part->type, row + bytes_of(tile.part->type, k0), tk, w.get() + j * tk);
+      }
+      if constexpr (kPieces) {
+        GemmArgs<T> args = gemm_args(x + k0, p, 0, tile);
+        args.w = w.get();
+        args.ldw = tk;
+        args.m = p.m;
+        args.k = tk;
+        gemm(args, k0 > 0);
+      } else {
+        for (int64_t m0 = 0; m0 < p.m; m0 += kTileRows) {
+          GemmArgs<T> args = gemm_args(x, p, m0, tile);
+          args.w = w.get();
+          gemm(args);
+        }
+      }
+    }
+    add_bias(p, 0, p.m, tile);
   });
 }
 

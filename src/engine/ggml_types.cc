@@ -172,30 +172,6 @@ void convert_blocks(const uint8_t* in, int64_t n, float* out) {
   for (int64_t i = 0; i < n / kElements; ++i) kBlock(in + i * kBytes, out + i * kElements);
 }
 
-void convert_row(GgmlType type, const uint8_t* in, int64_t n, float* out) {
-  switch (type) {
-    case GgmlType::f32:
-      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
-      return;
-    case GgmlType::f16:
-      return convert_f16(in, n, out);
-    case GgmlType::bf16:
-      return convert_bf16(in, n, out);
-    case GgmlType::q4_0:
-      return convert_blocks<block_q4_0, 32, 18>(in, n, out);
-    case GgmlType::q5_0:
-      return convert_blocks<block_q5_0, 32, 22>(in, n, out);
-    case GgmlType::q8_0:
-      return convert_blocks<block_q8_0, 32, 34>(in, n, out);
-    case GgmlType::q4_k:
-      return convert_blocks<block_q4_k, 256, 144>(in, n, out);
-    case GgmlType::q5_k:
-      return convert_blocks<block_q5_k, 256, 176>(in, n, out);
-    case GgmlType::q6_k:
-      return convert_blocks<block_q6_k, 256, 210>(in, n, out);
-  }
-}
-
 // True if any of n half-width words, `stride` bytes apart, has all bits of `exponent` set.
 bool any_non_finite16(const uint8_t* in, int64_t n, int64_t stride, uint16_t exponent) {
   bool bad = false;
@@ -289,10 +265,34 @@ std::string GgufTensor::shape() const {
   return text;
 }
 
+void dequantize(GgmlType type, const uint8_t* in, int64_t n, float* out) {
+  switch (type) {
+    case GgmlType::f32:
+      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
+      return;
+    case GgmlType::f16:
+      return convert_f16(in, n, out);
+    case GgmlType::bf16:
+      return convert_bf16(in, n, out);
+    case GgmlType::q4_0:
+      return convert_blocks<block_q4_0, 32, 18>(in, n, out);
+    case GgmlType::q5_0:
+      return convert_blocks<block_q5_0, 32, 22>(in, n, out);
+    case GgmlType::q8_0:
+      return convert_blocks<block_q8_0, 32, 34>(in, n, out);
+    case GgmlType::q4_k:
+      return convert_blocks<block_q4_k, 256, 144>(in, n, out);
+    case GgmlType::q5_k:
+      return convert_blocks<block_q5_k, 256, 176>(in, n, out);
+    case GgmlType::q6_k:
+      return convert_blocks<block_q6_k, 256, 210>(in, n, out);
+  }
+}
+
 void dequantize_rows(const GgufTensor& tensor, int64_t row_begin, int64_t rows, float* out) {
   check_rows(tensor, row_begin, rows);
   // Rows follow one another without gaps, so the range is one run of blocks.
-  if (rows > 0) convert_row(tensor.type, row_data(tensor, row_begin), rows * tensor.ne[0], out);
+  if (rows > 0) dequantize(tensor.type, row_data(tensor, row_begin), rows * tensor.ne[0], out);
 }
 
 void check_finite(const GgufTensor& tensor, int64_t row_begin, int64_t rows) {

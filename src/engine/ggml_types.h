@@ -55,6 +55,9 @@ struct GgufTensor {
 // ranges may be converted by different threads.
 void dequantize_rows(const GgufTensor& tensor, int64_t row_begin, int64_t rows, float* out);
 
+// Whole blocks of one type, `count` elements, as FP32: the scalar truth of expand-inl.h.
+void dequantize(GgmlType type, const uint8_t* blocks, int64_t count, float* out);
+
 // Throws Error non_finite, naming the tensor, the row and the type, if a stored value or a block's
 // scale is NaN or Inf. Reads only the scales of the quantised types: finite scales suffice, because
 // |scale * integer| <= 65504 * 63 * 32 is far inside the range of FP32.

@@ -35,19 +35,21 @@ class Loader {
 };
 
 void Loader::require_memory() const {
-  int64_t elements = 0;
+  const int64_t bytes_of_element = compute_ == ComputeType::f32 ? 4 : 2;
+  int64_t needed = 0;
   for (const GgufTensor& tensor : file_.tensors()) {
     const bool only_rows = tensor.name == "token_embd.weight" && !config_.tied_embeddings;
-    if (!only_rows) elements += tensor.elements();
+    if (only_rows) continue;
+    needed += compute_ == ComputeType::stored ? tensor.rows() * tensor.row_bytes()
+                                              : tensor.elements() * bytes_of_element;
   }
-  const int64_t needed = elements * (compute_ == ComputeType::f32 ? 4 : 2);
   const int64_t available = available_memory();
   if (needed > available) {
     file_.fail(ErrorCode::out_of_memory,
                fmt::format("the weights need {} MiB as {}, {} MiB are available; use {}a smaller "
                            "model",
                            needed >> 20, to_string(compute_), available >> 20,
-                           compute_ == ComputeType::f32 ? "compute type bf16 or " : ""));
+                           compute_ == ComputeType::stored ? "" : "compute type auto or "));
   }
 }
 

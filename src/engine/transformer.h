@@ -49,7 +49,7 @@ class Model {
   const GgufFile& file() const { return *file_; }  // for the tokenizer
   const std::string& hash() const;                 // of the file's content
   ComputeType compute() const { return options_.compute; }
-  int64_t weight_bytes() const;  // held in memory, the mapping not counted
+  int64_t weight_bytes() const;  // of the dense layers, in memory or in the file's mapping
   // What runs, one line each: family and sizes; how the dense layers compute.
   std::string explain() const;
 

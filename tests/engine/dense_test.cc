@@ -8,11 +8,14 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "base/float_convert.h"
 #include "engine/gemv.h"
+#include "engine/gemv_vnni.h"
 #include "engine/gguf.h"
 #include "engine/gguf_writer.h"
+#include "engine/random_blocks.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn {
@@ -171,11 +174,128 @@ TEST(Dense, LoadStacksAndChecks) {
   EXPECT_EQ(code("bad", 3, 32), ErrorCode::non_finite);
 }
 
+// Two tensors of different types stacked, as they are in a file, and their values.
+struct Stored {
+  std::string bytes;
+  std::unique_ptr<GgufFile> file;
+  std::vector<float> values;
+  DenseMatrix matrix;
+
+  Stored(GgmlType first, GgmlType second, int64_t n_first, int64_t n_second, int64_t k) {
+    const std::string a = test::random_rows(first, n_first, k, 11);
+    const std::string b = test::random_rows(second, n_second, k, 12);
+    const auto ne = [&](int64_t n) {
+      return std::vector<uint64_t>{static_cast<uint64_t>(k), static_cast<uint64_t>(n)};
+    };
+    test::GgufWriter writer;
+    writer.tensor({"a", static_cast<uint32_t>(first), ne(n_first), a});
+    writer.tensor({"b", static_cast<uint32_t>(second), ne(n_second), b});
+    bytes = writer.build();
+    file = std::make_unique<GgufFile>(GgufFile::from_memory(test::as_bytes(bytes), "stored.gguf"));
+    values.resize(static_cast<size_t>((n_first + n_second) * k));
+    dequantize_rows(file->require("a"), 0, n_first, values.data());
+    dequantize_rows(file->require("b"), 0, n_second, values.data() + n_first * k);
+    matrix = DenseMatrix::load(*file, {"a", "b"}, {n_first, n_second}, k, ComputeType::stored);
+  }
+};
+
+TEST(Dense, StoredTypesMatchFp64) {
+  for (const GgmlType type : test::kTensorTypes) {
+    const int64_t k = ggml_type_info(type).block_elements == 1 ? 1093 : 1280;
+    const GgmlType other = k == 1280 ? GgmlType::q6_k : GgmlType::f16;
+    const Stored s(type, other, 261, 9, k);
+    const int64_t n = 270;
+    EXPECT_EQ(s.matrix.rows(), n);
+    EXPECT_EQ(s.matrix.bytes(),
+              s.file->require("a").row_bytes() * 261 + s.file->require("b").row_bytes() * 9);
+    const std::vector<float> bias = noise(n, 3);
+    for (const int64_t m : {1, 2, 16, 17, 300}) {
+      const bool rounded = m > few_rows(ComputeType::stored) && bf16_is_native();
+      const std::vector<float> x = noise(m * k, 2);
+      std::vector<float> y(static_cast<size_t>(m * n), std::numeric_limits<float>::quiet_NaN());
+      s.matrix.multiply(x.data(), m, y.data(), bias.data());
+      double worst = 0.0;
+      for (const int64_t i : {int64_t{0}, m / 2, m - 1}) {
+        for (int64_t j = 0; j < n; ++j) {
+          double sum = bias[static_cast<size_t>(j)], norm = 1e-30;
+          for (int64_t d = 0; d < k; ++d) {
+            float w = s.values[static_cast<size_t>(j * k + d)];
+            float v = x[static_cast<size_t>(i * k + d)];
+            if (rounded) w = bf16_to_f32(f32_to_bf16(w));
+            if (rounded) v = bf16_to_f32(f32_to_bf16(v));
+            sum += static_cast<double>(w) * v;
+            norm += std::fabs(static_cast<double>(w) * v);
+          }
+          const double error = std::fabs(y[static_cast<size_t>(i * n + j)] - sum) / norm;
+          if (!(error <= worst)) worst = error;
+        }
+      }
+      EXPECT_LT(worst, m > 16 ? 2e-6 : 4e-7) << ggml_type_info(type).name << ", " << m << " rows";
+    }
+  }
+}
+
+// Tiles of W expanded on the way give the very bits that a BF16 copy of W gives.
+TEST(Dense, StoredProductsOfManyRowsEqualThoseOfACopy) {
+  if (!bf16_is_native()) GTEST_SKIP() << why_bf16_is_not_native();
+  const int64_t n = 530, k = 1536, m = 270;
+  const Stored s(GgmlType::q4_k, GgmlType::q6_k, 512, 18, k);
+  DenseMatrix copy(n, k, ComputeType::bf16);
+  copy.set_rows(0, n, s.values.data());
+  const std::vector<float> x = noise(m * k, 6);
+  std::vector<float> y(static_cast<size_t>(m * n)), want(y.size());
+  s.matrix.multiply(x.data(), m, y.data());
+  copy.multiply(x.data(), m, want.data());
+  EXPECT_EQ(y, want);
+}
+
+TEST(Dense, StoredRowsAndThreadsDoNotMatter) {
+  const int64_t n = 700, k = 1280;
+  const Stored s(GgmlType::q5_k, GgmlType::q5_0, 512, 188, k);
+  for (const int64_t m : {1, 8, 270}) {
+    const std::vector<float> x = noise(m * k, 6);
+    std::vector<std::vector<float>> results;
+    for (const int threads : {1, 2, 4}) {
+      tbb::task_arena arena(threads);
+      results.emplace_back(static_cast<size_t>(m * n));
+      arena.execute([&] { s.matrix.multiply(x.data(), m, results.back().data()); });
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(results[0], results[2]);
+    if (m != 8) continue;
+    for (int64_t i = 0; i < m; ++i) {
+      std::vector<float> one(static_cast<size_t>(n));
+      s.matrix.multiply(x.data() + i * k, 1, one.data());
+      EXPECT_EQ(std::memcmp(one.data(), results[0].data() + i * n, sizeof(float) * n), 0) << i;
+    }
+  }
+}
+
+TEST(Dense, StoredWeightsAreCheckedToo) {
+  std::string data = test::random_rows(GgmlType::q4_k, 2, 256, 3);
+  data[145] = 0x7c;  // d of the second row: infinite
+  data[144] = 0;
+  test::GgufWriter writer;
+  writer.tensor({"w", static_cast<uint32_t>(GgmlType::q4_k), {256, 2}, data});
+  const std::string bytes = writer.build();
+  const GgufFile file = GgufFile::from_memory(test::as_bytes(bytes), "dense.gguf");
+  try {
+    DenseMatrix::load(file, {"w"}, {2}, 256, ComputeType::stored);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::non_finite);
+  }
+}
+
 TEST(Dense, ExplainsWhatRuns) {
   EXPECT_NE(explain_compute(ComputeType::f32).find("arithmetic FP32"), std::string::npos);
   const std::string bf16 = explain_compute(ComputeType::bf16);
   EXPECT_NE(bf16.find(bf16_is_native() ? "rounded to BF16" : "needs AVX-512 BF16 or AMX"),
             std::string::npos);
+  const std::string stored = explain_compute(ComputeType::stored);
+  EXPECT_NE(stored.find("as the file stores them"), std::string::npos);
+  EXPECT_EQ(stored.find("fixed point") != std::string::npos, gemv_vnni_available());
+  EXPECT_EQ(stored.find("rounded to BF16") != std::string::npos, bf16_is_native());
 }
 
 }  // namespace

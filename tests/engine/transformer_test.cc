@@ -137,6 +137,19 @@ TEST_P(EachFamily, Bf16Weights) {
   EXPECT_LT(model->weight_bytes(), tiny.load()->weight_bytes());
 }
 
+// Weights read from the file: FP32 ones, so decode is as exact as with a copy.
+TEST_P(EachFamily, StoredWeights) {
+  const TinyModel tiny = make_tiny(tiny_spec(GetParam()));
+  const auto tokens = random_tokens(70, tiny.spec.vocab);
+  const auto file = tiny.file();
+  const auto model = Model::load(file, {.compute = ComputeType::stored});
+  const std::vector<float> expected = flat(test::reference_logits(tiny, tokens));
+  EXPECT_LT(largest_difference(run(*model, tokens, 1, AttendMode::decode), expected), 1e-4);
+  EXPECT_LT(largest_difference(run(*model, tokens, 16, AttendMode::decode), expected), 1e-4);
+  EXPECT_EQ(model->weight_bytes(), tiny.load()->weight_bytes());
+  EXPECT_NE(model->explain().find("as the file stores them"), std::string::npos);
+}
+
 TEST_P(EachFamily, ThreadsDoNotMatter) {
   const TinyModel tiny = make_tiny(tiny_spec(GetParam()));
   const auto tokens = random_tokens(200, tiny.spec.vocab);

@@ -35,7 +35,7 @@ static_assert(sizeof(LayerHead) == 40, "no padding: the struct is what is stored
 template <typename Open, typename Move>
 void transfer(Open& open, const Move& move) {
   for (auto* part : {&open.k, &open.v, &open.k_reference}) {
-    move(part->data(), part->size() * sizeof(uint16_t));
+    if (!part->empty()) move(part->data(), part->size() * sizeof(uint16_t));
   }
 }
 
@@ -93,7 +93,7 @@ void Loader::check(size_t index, const LayerHead& head) const {
 
 std::vector<uint8_t> Loader::flags(size_t index, size_t count, const char* what) const {
   std::vector<uint8_t> all(count);
-  source_(all.data(), all.size());
+  if (count > 0) source_(all.data(), all.size());
   if (std::any_of(all.begin(), all.end(), [](uint8_t flag) { return flag > 1; })) {
     refuse(index, fmt::format("has a {} that is neither held nor free", what));
   }
@@ -177,7 +177,7 @@ void save_sequence(const KvCache& cache, SequenceId id, const ByteSink& sink) {
     sink(&head, sizeof head);
     for (const auto* ids : {&state.pages, &state.residuals}) {
       const std::vector<uint8_t> flags = held(*ids);
-      sink(flags.data(), flags.size());
+      if (!flags.empty()) sink(flags.data(), flags.size());
     }
     const auto write = [&](const SlotPool& pool, const std::vector<int32_t>& ids) {
       for (const int32_t slot : ids) {

@@ -13,9 +13,9 @@
 
 namespace thriftattn {
 
-// Takes `bytes` bytes; throws if it cannot.
+// Takes `bytes` bytes, at least one; throws if it cannot.
 using ByteSink = std::function<void(const void* data, size_t bytes)>;
-// Delivers exactly `bytes` bytes; throws Error(corrupt) if there are fewer.
+// Delivers exactly `bytes` bytes, at least one; throws Error(corrupt) if there are fewer.
 using ByteSource = std::function<void(void* data, size_t bytes)>;
 
 // No step may be open. The cache is not changed.

@@ -399,7 +399,7 @@ TEST(KvCache, GroupsNeedTheirMultipleOfHeadDim) {
   for (const Format f : {Format::mxfp4, Format::int3, Format::q8_0}) {
     KvCacheConfig c = config(plain_policy(f), 1);
     c.layers[0].head_dim_k = 80;
-    expect_error(ErrorCode::unsupported, "multiple of 32, got 80", [&] { KvCache cache(c); });
+    expect_error(ErrorCode::unsupported, "head_dim_k = 80; required: a multiple of 32", [&] { KvCache cache(c); });
   }
 }
 

@@ -82,7 +82,7 @@ TEST(AttendShapes, RefusalsSayWhatIsRequiredSupportedAndMissing) {
   };
   refuses(ok, plain_policy(Format::q4_0),
           "K in q4_0 with head_dim_k = 80; required: a multiple of 32, its group; supported at 80: "
-          "f32, bf16, fp16, fp8_e4m3, nvfp4, nvfp4x2; missing:");
+          "f32, bf16, fp16, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3, nvfp4, nvfp4x2; missing:");
   const LayerPolicy bf16 = plain_policy(Format::bf16);
   refuses(with(&LayerShape::head_dim_v, 72), bf16, "head_dim_v = 72; required: 72; supported:");
   refuses(with(&LayerShape::head_dim_v, 16), bf16, "from 32 to 256");

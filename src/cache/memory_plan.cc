@@ -126,9 +126,8 @@ class Planner {
       return total([&](const LayerPlan& kind) { return kind.settled(at, first); });
     };
     const auto prefill = [&](int64_t tokens) {
-      for (const int64_t end = at + tokens; at < end;) {
-        step(std::min(request.chunk - at % request.chunk, end - at));
-      }
+      const int64_t end = at + tokens;
+      while (at < end) step(std::min(request.chunk - at % request.chunk, end - at));
     };
     prefill(request.document);
     if (request.forked) {

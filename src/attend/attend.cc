@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attend/attend_tile.h"
-#include "attend/decode_tile.h"
+#include "attend/decode_heads.h"
 #include "attend/prefill_head.h"
 #include "attend/request.h"
 #include "thriftattn/attention.h"
@@ -89,9 +89,9 @@ void add_tasks(const LayerView& view, const AttendRequest& request, ScratchPool&
   if (kernels != nullptr && request.config.mode == AttendMode::decode &&
       DecodeTile::supports(view.store())) {
     for (const TileSpec& spec : make_tiles(view, request, kDecodeRows)) {
+      if (spec.kv_head != 0) break;  // the first head's tiles come first: one of each position
       tasks.push_back([&view, &request, &scratch, kernels, spec, few](AttendStats* stats) {
-        DecodeTile tile(view, request, spec, *kernels, scratch);
-        run_tile(tile, few, stats);
+        DecodeHeads(view, request, spec, *kernels, scratch).run(few, stats);
       });
     }
     return;

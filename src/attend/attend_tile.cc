@@ -128,9 +128,9 @@ void AttendTile::load_queries() {
 // form, or planes. Decode reads the base plane and adds the residual for the rows that want it;
 // prefill reads both at once where the residual is held.
 void AttendTile::load_values(const SideLayout& side, int64_t page, float* out) const {
-  const uint8_t* head = view_.head(page, spec_.kv_head);
   if (!side.layered) {
-    decode_rows(side.format, head + side.rows, side.row_bytes, page_tokens(page), side.dim, out,
+    const uint8_t* start = view_.start(side, page, spec_.kv_head);
+    decode_rows(side.format, start + side.rows, side.row_bytes, page_tokens(page), side.dim, out,
                 side.dim);
     return;
   }
@@ -141,6 +141,7 @@ void AttendTile::load_values(const SideLayout& side, int64_t page, float* out) c
                page_tokens(page) * side.dim, out);
     return;
   }
+  const PageHead head = view_.head(page, spec_.kv_head);
   decode_base(store_.layout, side, head, out);
   if (request_.config.mode != AttendMode::prefill) return;
   const uint8_t* residual = view_.residual(page, spec_.kv_head);
@@ -158,7 +159,7 @@ void AttendTile::load_k_offset(int64_t page, std::vector<float>& offset) const {
   if (!side.layered) return;
   const auto* mean =
       is_sealed(page)
-          ? reinterpret_cast<const uint16_t*>(view_.head(page, spec_.kv_head) + side.mean)
+          ? reinterpret_cast<const uint16_t*>(view_.start(side, page, spec_.kv_head) + side.mean)
           : &view_.open(page)->k_reference[static_cast<size_t>(spec_.kv_head * side.dim)];
   widen_bf16(mean, side.dim, offset.data());
 }
@@ -424,11 +425,11 @@ void AttendTile::accumulate_v(int64_t page, SplitState& state, float* p, const f
   const SideLayout& side = store_.layout.v;
   const int64_t dim = side.dim;
   const bool planes = is_sealed(page) && store_.layout.any_layered();
-  const uint8_t* head = view_.head(page, spec_.kv_head);
+  const PageHead head = view_.head(page, spec_.kv_head);
   if (planes && side.layered) {
     // The page's mean of V, weighted by the head's own mass: all that a skipped page gives.
     std::vector<float> mean(static_cast<size_t>(dim));
-    widen_bf16(reinterpret_cast<const uint16_t*>(head + side.mean), dim, mean.data());
+    widen_bf16(reinterpret_cast<const uint16_t*>(head.v + side.mean), dim, mean.data());
     tile_matmul({.a = page_sum, .a_row = 1, .a_k = 0, .b = mean.data(), .ldb = dim,
                  .c = state.o.get(), .ldc = dim, .m = rows_, .n = dim, .k = 1, .accumulate = true});
   }

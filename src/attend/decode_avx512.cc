@@ -23,11 +23,11 @@
 #include "base/float_convert.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,bmi2,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,bmi2,fma,f16c")
 #endif
 #include "attend/avx512_math.h"
 
@@ -43,15 +43,13 @@ constexpr float kScaleUnit = 256.0f;
 int64_t chunks_of(int64_t dim) { return (dim + kChunk - 1) / kChunk; }
 int64_t chunk_elements(int64_t dim, int64_t c) { return std::min(kChunk, dim - c * kChunk); }
 
-// E2M1 values in BF16, twice.
-__m512i value_table() {
-  alignas(64) uint16_t table[32];
-  constexpr float kValues[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-  for (int i = 0; i < 32; ++i) {
-    table[i] = f32_to_bf16((i & 8) != 0 ? -kValues[i & 7] : kValues[i & 7]);
-  }
-  return _mm512_load_si512(table);
-}
+// E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives in BF16, twice.
+alignas(64) constexpr uint16_t kE2m1Bf16[32] = {
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,  //
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+inline __m512i value_table() { return _mm512_load_si512(kE2m1Bf16); }
 
 inline __mmask64 byte_mask(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
@@ -265,24 +263,22 @@ void score_bf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t bloc
   }
 }
 
-inline __m512 widen(const uint16_t* v, __mmask16 mask) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v)), 16));
+inline __m512 widen(const uint16_t* v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))), 16));
 }
 
 inline __mmask16 lane_mask(int64_t left) {
   return static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1);
 }
 
-void dot_bf16(const uint16_t* v, int64_t dim, const float* const* rows, float* out) {
+// dim is a multiple of 16.
+void dot_bf16(const uint16_t* v, int64_t dim, const float* rows, float* out) {
   __m512 acc[kRows] = {};
   for (int64_t d = 0; d < dim; d += 16) {
-    const __mmask16 mask = lane_mask(dim - d);
-    const __m512 x = widen(v + d, mask);
+    const __m512 x = widen(v + d);
     for (int r = 0; r < kRows; ++r) {
-      if (rows[r] != nullptr) {
-        acc[r] = _mm512_fmadd_ps(x, _mm512_maskz_loadu_ps(mask, rows[r] + d), acc[r]);
-      }
+      acc[r] = _mm512_fmadd_ps(x, _mm512_loadu_ps(rows + r * dim + d), acc[r]);
     }
   }
   for (int r = 0; r < kRows; ++r) out[r] = _mm512_reduce_add_ps(acc[r]);
@@ -342,6 +338,24 @@ void page_softmax(float* s, float softcap, const BlockMask* mask, float* m, floa
   }
   store_rows(top, m);
   store_rows(fold_add(_mm512_add_ps(sum[0], sum[1])), l);
+}
+
+// Weights are kept in FP16.
+constexpr int64_t kWeightsBytes = kBlockScores * 2;
+
+void store_weights(const float* s, uint32_t rows, std::byte* p) {
+  // Lanes 2r, 2r + 1 and 8 + 2r, 9 + 2r are row r.
+  const uint32_t pairs = _pdep_u32(rows, 0x55u) * 3u;
+  const auto mask = static_cast<__mmask16>(pairs | pairs << 8);
+  auto* out = reinterpret_cast<uint16_t*>(p);
+  for (int64_t i = 0; i < kBlockScores; i += 16) {
+    const __m256i half = _mm512_cvtps_ph(_mm512_load_ps(s + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(out + i, mask, half);
+  }
+}
+
+inline __m512 load_weights(const std::byte* p, int64_t i) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p + 2 * i)));
 }
 
 inline __mmask16 pages_mask(int64_t pages) { return lane_mask(pages * kRows); }
@@ -429,47 +443,43 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, co
   }
 }
 
-void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
-                 int64_t blocks, float* acc, const NextRows& next) {
+void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const float* factor,
+                 float* acc, const NextRows& next) {
   const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
-  const int64_t step = accumulator_floats(dim);
   alignas(64) float scaled[kBlockScores];
   alignas(64) uint16_t weights[kPairs * kRows * 16];
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 f = _mm512_mul_ps(spread_rows(factor + b * kRows),
-                                   _mm512_set1_ps(v.page_scale * kScaleUnit));
-    for (int64_t i = 0; i < kBlockScores; i += 16) {
-      _mm512_store_ps(scaled + i, _mm512_mul_ps(_mm512_load_ps(p + b * kBlockScores + i), f));
-    }
-    for (int64_t c = 0; c < chunks_of(dim); ++c) {
-      const int64_t n = chunk_elements(dim, c);
-      const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
-      for (int64_t j = 0; j < kPairs; ++j) {
-        if (b == 0 && c == 0) next.fetch(2 * j, 2);
-        const uint8_t* at = v.scales + 2 * j * row_scales + c * (kChunk / kNvfp4Group);
-        const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
-                                               _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
-        const __m512 scale =
-            _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
-        for (int r = 0; r < kRows; ++r) {
-          double pair;
-          std::memcpy(&pair, scaled + j * 8 + r * 2, sizeof pair);
-          const __m512 w = _mm512_mul_ps(scale, _mm512_castpd_ps(_mm512_set1_pd(pair)));
-          _mm256_store_si256(reinterpret_cast<__m256i*>(weights + (j * kRows + r) * 16),
-                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
-        }
+  const __m512 f =
+      _mm512_mul_ps(spread_rows(factor), _mm512_set1_ps(v.page_scale * kScaleUnit));
+  for (int64_t i = 0; i < kBlockScores; i += 16) {
+    _mm512_store_ps(scaled + i, _mm512_mul_ps(load_weights(p, i), f));
+  }
+  for (int64_t c = 0; c < chunks_of(dim); ++c) {
+    const int64_t n = chunk_elements(dim, c);
+    const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
+    for (int64_t j = 0; j < kPairs; ++j) {
+      if (c == 0) next.fetch(2 * j, 2);
+      const uint8_t* at = v.scales + 2 * j * row_scales + c * (kChunk / kNvfp4Group);
+      const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
+                                             _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
+      const __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
+      for (int r = 0; r < kRows; ++r) {
+        double pair;
+        std::memcpy(&pair, scaled + j * 8 + r * 2, sizeof pair);
+        const __m512 w = _mm512_mul_ps(scale, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(weights + (j * kRows + r) * 16),
+                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
       }
-      float* at = acc + b * step + c * kAccChunk;
-      const uint8_t* codes = v.codes + c * (kChunk / 2);
-      weigh_half<false>(codes, row_bytes, byte_mask(n / 2), weights, at);
-      weigh_half<true>(codes, row_bytes, byte_mask(n / 2), weights, at + kAccHalf);
     }
+    float* at = acc + c * kAccChunk;
+    const uint8_t* codes = v.codes + c * (kChunk / 2);
+    weigh_half<false>(codes, row_bytes, byte_mask(n / 2), weights, at);
+    weigh_half<true>(codes, row_bytes, byte_mask(n / 2), weights, at + kAccHalf);
   }
 }
 
 template <bool kHigh>
 void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t* weights,
-                     float* acc) {
+                     float* acc, const NextRows& next) {
   __mmask32 mask[4];
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t left = n - i * 32;
@@ -480,6 +490,7 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
     for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_load_ps(acc + (r * 4 + k) * 16);
   }
   for (int64_t j = 0; 2 * j < v.tokens; ++j) {
+    next.fetch(2 * j, 2);
     const uint16_t* at = v.data + 2 * j * v.stride + first;
     // The last row of an odd count has no partner: its weight there is zero, its values must be too.
     const bool second = 2 * j + 1 < v.tokens;
@@ -499,24 +510,20 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
   }
 }
 
-void weigh_bf16(const Bf16Rows& v, int64_t dim, const float* p, const float* factor, int64_t blocks,
+void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
                 float* acc, const NextRows& next) {
-  next.fetch(0, kPageTokens);
-  const int64_t step = accumulator_floats(dim);
   alignas(64) uint32_t weights[kPairs * kRows];
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 f = spread_rows(factor + b * kRows);
-    for (int64_t i = 0; i < kBlockScores; i += 16) {
-      const __m512 w = _mm512_mul_ps(_mm512_load_ps(p + b * kBlockScores + i), f);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i / 2),
-                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
-    }
-    for (int64_t c = 0; c < chunks_of(dim); ++c) {
-      float* at = acc + b * step + bf16_accumulators(dim) + c * kAccChunk;
-      const int64_t n = chunk_elements(dim, c);
-      weigh_bf16_half<false>(v, c * kChunk, n, weights, at);
-      weigh_bf16_half<true>(v, c * kChunk, n, weights, at + kAccHalf);
-    }
+  const __m512 f = spread_rows(factor);
+  for (int64_t i = 0; i < kBlockScores; i += 16) {
+    _mm256_store_si256(
+        reinterpret_cast<__m256i*>(weights + i / 2),
+        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(load_weights(p, i), f))));
+  }
+  for (int64_t c = 0; c < chunks_of(dim); ++c) {
+    float* at = acc + bf16_accumulators(dim) + c * kAccChunk;
+    const int64_t n = chunk_elements(dim, c);
+    weigh_bf16_half<false>(v, c * kChunk, n, weights, at, c == 0 ? next : NextRows{});
+    weigh_bf16_half<true>(v, c * kChunk, n, weights, at + kAccHalf, {});
   }
 }
 
@@ -526,7 +533,7 @@ void add_mean(const uint16_t* mean, int64_t dim, const float* weight, float* acc
   __m512 w[kRows];
   for (int r = 0; r < kRows; ++r) w[r] = _mm512_set1_ps(weight[r]);
   for (int64_t d = 0; d < dim; d += 16) {
-    const __m512 x = widen(mean + d, lane_mask(dim - d));
+    const __m512 x = widen(mean + d);
     for (int r = 0; r < kRows; ++r) {
       float* at = out + r * padded + d;
       _mm512_store_ps(at, _mm512_fmadd_ps(x, w[r], _mm512_load_ps(at)));
@@ -556,6 +563,8 @@ constexpr DecodeKernels kKernels = {
     .score_bf16 = score_bf16,
     .dot_bf16 = dot_bf16,
     .page_softmax = page_softmax,
+    .weights_bytes = kWeightsBytes,
+    .store_weights = store_weights,
     .merge_pages = merge_pages,
     .page_masses = page_masses,
     .accumulator_floats = accumulator_floats,

@@ -160,12 +160,12 @@ void ScoreBf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t block
   }
 }
 
-void DotBf16(const uint16_t* v, int64_t dim, const float* const* rows, float* out) {
+void DotBf16(const uint16_t* v, int64_t dim, const float* rows, float* out) {
   const F d;
   for (int64_t r = 0; r < kRows; ++r) {
     V acc = hn::Zero(d);
-    for (int64_t i = 0; rows[r] != nullptr && i < dim; i += kLanes) {
-      acc = hn::MulAdd(Widen(v + i), hn::LoadU(d, rows[r] + i), acc);
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      acc = hn::MulAdd(Widen(v + i), hn::LoadU(d, rows + r * dim + i), acc);
     }
     out[r] = hn::GetLane(hn::SumOfLanes(d, acc));
   }
@@ -225,6 +225,17 @@ void PageSoftmax(float* s, float softcap, const BlockMask* mask, float* m, float
   for (int64_t r = 0; r < kRows; ++r) l[r] = lanes[2 * r] + lanes[2 * r + 1];
 }
 
+// Weights are kept in FP32.
+constexpr int64_t kWeightsBytes = kBlockScores * static_cast<int64_t>(sizeof(float));
+
+void StoreWeights(const float* s, uint32_t rows, std::byte* p) {
+  auto* out = reinterpret_cast<float*>(p);
+  for (int64_t r = 0; r < kRows; ++r) {
+    if ((rows >> r & 1) == 0) continue;
+    for (int64_t t = 0; t < kPageTokens; ++t) out[score_index(t, r)] = s[score_index(t, r)];
+  }
+}
+
 void MergePages(const float* m, const float* l, int64_t pages, float* total_m, float* total_l) {
   float top[kRows];
   for (int64_t r = 0; r < kRows; ++r) top[r] = total_m[r];
@@ -267,65 +278,58 @@ void PageMasses(const float* m, const float* l, int64_t pages, const float* lse,
 
 int64_t AccumulatorFloats(int64_t dim) { return 2 * kRows * dim; }
 
-void WeighNvfp4(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
-                int64_t blocks, float* acc, const NextRows& next) {
+void WeighNvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const float* factor,
+                float* acc, const NextRows& next) {
   const F d;
-  next.fetch(0, kPageTokens);
+  const auto* weights = reinterpret_cast<const float*>(p);
   float scaled[kRows][kPageTokens];
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t r = 0; r < kRows; ++r) {
+    const float f = factor[r] * v.page_scale;
+    for (int64_t t = 0; t < kPageTokens; ++t) scaled[r][t] = weights[score_index(t, r)] * f;
+  }
+  for (int64_t g = 0; g < dim / kGroup; ++g) {
+    V sum[kRows][2 * kHalf];
     for (int64_t r = 0; r < kRows; ++r) {
-      const float f = factor[b * kRows + r] * v.page_scale;
-      for (int64_t t = 0; t < kPageTokens; ++t) {
-        scaled[r][t] = p[b * kBlockScores + score_index(t, r)] * f;
+      for (int i = 0; i < 2 * kHalf; ++i) {
+        sum[r][i] = hn::LoadU(d, acc + r * dim + g * kGroup + i * kLanes);
       }
     }
-    float* out = acc + b * AccumulatorFloats(dim);
-    for (int64_t g = 0; g < dim / kGroup; ++g) {
-      V sum[kRows][2 * kHalf];
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      if (g == 0) next.fetch(t, 1);
+      const Group x(v.codes + t * (dim / 2) + g * 8, GroupScale(v.scales + t * (dim / kGroup), g));
       for (int64_t r = 0; r < kRows; ++r) {
-        for (int i = 0; i < 2 * kHalf; ++i) {
-          sum[r][i] = hn::LoadU(d, out + r * dim + g * kGroup + i * kLanes);
-        }
+        const V w = hn::Set(d, scaled[r][t]);
+        for (int i = 0; i < 2 * kHalf; ++i) sum[r][i] = hn::MulAdd(x.x[i], w, sum[r][i]);
       }
-      for (int64_t t = 0; t < kPageTokens; ++t) {
-        const Group x(v.codes + t * (dim / 2) + g * 8,
-                      GroupScale(v.scales + t * (dim / kGroup), g));
-        for (int64_t r = 0; r < kRows; ++r) {
-          const V w = hn::Set(d, scaled[r][t]);
-          for (int i = 0; i < 2 * kHalf; ++i) sum[r][i] = hn::MulAdd(x.x[i], w, sum[r][i]);
-        }
-      }
-      for (int64_t r = 0; r < kRows; ++r) {
-        for (int i = 0; i < 2 * kHalf; ++i) {
-          hn::StoreU(sum[r][i], d, out + r * dim + g * kGroup + i * kLanes);
-        }
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2 * kHalf; ++i) {
+        hn::StoreU(sum[r][i], d, acc + r * dim + g * kGroup + i * kLanes);
       }
     }
   }
 }
 
-void WeighBf16(const Bf16Rows& v, int64_t dim, const float* p, const float* factor, int64_t blocks,
-               float* acc, const NextRows& next) {
+void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor, float* acc,
+               const NextRows& next) {
   const F d;
-  next.fetch(0, kPageTokens);
-  for (int64_t b = 0; b < blocks; ++b) {
-    float* out = acc + b * AccumulatorFloats(dim) + kRows * dim;
-    for (int64_t i = 0; i < dim; i += 2 * kLanes) {
-      V sum[kRows][2];
+  const auto* weights = reinterpret_cast<const float*>(p);
+  float* out = acc + kRows * dim;
+  for (int64_t i = 0; i < dim; i += 2 * kLanes) {
+    V sum[kRows][2];
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int j = 0; j < 2; ++j) sum[r][j] = hn::LoadU(d, out + r * dim + i + j * kLanes);
+    }
+    for (int64_t t = 0; t < v.tokens; ++t) {
+      if (i == 0) next.fetch(t, 1);
+      const V x[2] = {Widen(v.data + t * v.stride + i), Widen(v.data + t * v.stride + i + kLanes)};
       for (int64_t r = 0; r < kRows; ++r) {
-        for (int j = 0; j < 2; ++j) sum[r][j] = hn::LoadU(d, out + r * dim + i + j * kLanes);
+        const V w = hn::Set(d, weights[score_index(t, r)] * factor[r]);
+        for (int j = 0; j < 2; ++j) sum[r][j] = hn::MulAdd(x[j], w, sum[r][j]);
       }
-      for (int64_t t = 0; t < v.tokens; ++t) {
-        const V x[2] = {Widen(v.data + t * v.stride + i),
-                        Widen(v.data + t * v.stride + i + kLanes)};
-        for (int64_t r = 0; r < kRows; ++r) {
-          const V w = hn::Set(d, p[b * kBlockScores + score_index(t, r)] * factor[b * kRows + r]);
-          for (int j = 0; j < 2; ++j) sum[r][j] = hn::MulAdd(x[j], w, sum[r][j]);
-        }
-      }
-      for (int64_t r = 0; r < kRows; ++r) {
-        for (int j = 0; j < 2; ++j) hn::StoreU(sum[r][j], d, out + r * dim + i + j * kLanes);
-      }
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int j = 0; j < 2; ++j) hn::StoreU(sum[r][j], d, out + r * dim + i + j * kLanes);
     }
   }
 }
@@ -359,6 +363,8 @@ const DecodeKernels* KernelTable() {
       .score_bf16 = ScoreBf16,
       .dot_bf16 = DotBf16,
       .page_softmax = PageSoftmax,
+      .weights_bytes = kWeightsBytes,
+      .store_weights = StoreWeights,
       .merge_pages = MergePages,
       .page_masses = PageMasses,
       .accumulator_floats = AccumulatorFloats,

@@ -10,13 +10,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/prefetch.h"
 #include "formats/nvfp4.h"
 #include "thriftattn/kv_cache.h"
 
 namespace thriftattn {
 
 inline constexpr int64_t kRowBlock = 4;                            // query rows of a block
+inline constexpr int64_t kMaxBlocks = 16;                          // of a tile
 inline constexpr int64_t kBlockScores = kPageTokens * kRowBlock;  // floats
+inline constexpr uint32_t kAllRows = (1u << kRowBlock) - 1;
 
 constexpr int64_t score_index(int64_t token, int64_t row) {
   return token / 2 * 8 + row * 2 + token % 2;
@@ -51,15 +54,15 @@ struct NextRows {
   void fetch(int64_t row, int64_t count) const {
     if (rows == nullptr) return;
     if (row == 0) {
-      for (int64_t at = 0; at < mean_bytes; at += 64) __builtin_prefetch(mean + at, 0, 2);
-      __builtin_prefetch(meta, 0, 2);
+      for (int64_t at = 0; at < mean_bytes; at += 64) prefetch_l2(mean + at);
+      prefetch_l2(meta);
     }
     for (int64_t at = row * row_bytes; at < (row + count) * row_bytes; at += 64) {
-      __builtin_prefetch(rows + at, 0, 2);
+      prefetch_l2(rows + at);
     }
     const int64_t lines = (scale_bytes + 63) / 64;
     for (int64_t i = row * lines / kPageTokens; i < (row + count) * lines / kPageTokens; ++i) {
-      __builtin_prefetch(scales + i * 64, 0, 2);
+      prefetch_l2(scales + i * 64);
     }
   }
 };
@@ -78,12 +81,18 @@ struct DecodeKernels {
                       const float* offset, float* s, bool accumulate, const NextRows& next);
   void (*score_bf16)(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
                      const float* offset, float* s, const NextRows& next);
-  // out[r] = rows[r] . v in FP32, v in BF16: q'.mean(page). A null row gives 0.
-  void (*dot_bf16)(const uint16_t* v, int64_t dim, const float* const* rows, float* out);
+  // out[r] = rows[r] . v in FP32 for one block, rows [4][dim], v in BF16: q'.mean(page).
+  void (*dot_bf16)(const uint16_t* v, int64_t dim, const float* rows, float* out);
 
   // One block's page state: softcap (0 = none), mask (null = all visible), m = max, s = exp(s - m),
   // l = sum. A row that sees nothing gets m = -inf, l = 0 and zeros.
   void (*page_softmax)(float* s, float softcap, const BlockMask* mask, float* m, float* l);
+
+  // One block's weights of a page as they are kept until the values are read: the whole context's
+  // go out to memory and back, so they are as narrow as these kernels' own rounding allows.
+  int64_t weights_bytes;
+  // Those of the rows whose bit is set; the others stay.
+  void (*store_weights)(const float* s, uint32_t rows, std::byte* p);
 
   // (m, l) of `pages` pages [pages][4] merged into total_m[4], total_l[4], which hold the sink or
   // the empty state.
@@ -95,19 +104,19 @@ struct DecodeKernels {
 
   // Accumulators of one block; start from zeros.
   int64_t (*accumulator_floats)(int64_t dim);
-  // acc[row] += sum_t p[t][row] * factor[row] * v[t].
-  void (*weigh_nvfp4)(const Nvfp4ConstPlane& v, int64_t dim, const float* p, const float* factor,
-                      int64_t blocks, float* acc, const NextRows& next);
-  void (*weigh_bf16)(const Bf16Rows& v, int64_t dim, const float* p, const float* factor,
-                     int64_t blocks, float* acc, const NextRows& next);
+  // One block: acc[row] += sum_t p[t][row] * factor[row] * v[t].
+  void (*weigh_nvfp4)(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p,
+                      const float* factor, float* acc, const NextRows& next);
+  void (*weigh_bf16)(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
+                     float* acc, const NextRows& next);
   // acc[row] += weight[row] * mean.
   void (*add_mean)(const uint16_t* mean, int64_t dim, const float* weight, float* acc);
   // out[d] += the accumulated sum of one row.
   void (*add_row)(const float* acc, int64_t dim, int64_t row, float* out);
 };
 
-// BF16 dot products (AVX-512 BF16): q', P and P x scale are rounded to BF16, sums are FP32. Null
-// where this build or machine has none.
+// BF16 dot products (AVX-512 BF16): q' and P x scale are rounded to BF16, P to FP16 before, sums are
+// FP32. Null where this build or machine has none.
 const DecodeKernels* decode_kernels_bf16();
 
 // FP32 throughout, for the best SIMD target of this machine.

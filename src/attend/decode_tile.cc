@@ -20,12 +20,13 @@ bool in_reach(const SideLayout& side) {
 }  // namespace
 
 bool DecodeTile::supports(const LayerStore& store) {
+  const int64_t group = store.shape.q_heads / store.shape.kv_heads;
   return in_reach(store.layout.k) && in_reach(store.layout.v) &&
-         store.policy.rule == PromoteRule::mass;
+         store.policy.rule == PromoteRule::mass && group <= kMaxBlocks * kRowBlock;
 }
 
 DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
-                       const DecodeKernels& kernels, ScratchPool& scratch)
+                       const DecodeKernels& kernels)
     : view_(view),
       request_(request),
       store_(view.store()),
@@ -42,16 +43,14 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
   split_end_ = (page_end_ - 1) / kSplitPages + 1;
   layered_ = store_.layout.any_layered();
 
-  const int64_t pages = page_end_ - page_begin_;
-  const auto states = static_cast<size_t>(pages * blocks_ * kRowBlock);
-  p_ = scratch.take(pages * blocks_ * kBlockScores);
+  const auto states = static_cast<size_t>(pages() * blocks_ * kRowBlock);
   m_.resize(states);
   l_.resize(states);
   mass_.resize(states);
   factor_.resize(states);
   final_mass_.resize(states);
   lse_.assign(static_cast<size_t>(blocks_ * kRowBlock), kNegInf);
-  reads_.assign(static_cast<size_t>(pages * spec.positions), PageRead::base);
+  reads_.assign(static_cast<size_t>(pages() * spec.positions), PageRead::base);
   promote_.assign(static_cast<size_t>(spec.positions), static_cast<float>(store_.policy.promote));
   accumulators_.resize(static_cast<size_t>(splits()));
   sums_.resize(static_cast<size_t>(splits()));
@@ -77,8 +76,8 @@ DecodeTile::Page DecodeTile::page(int64_t index) const {
 
 void DecodeTile::pack_queries() {
   const int64_t dim = store_.layout.k.dim;
-  queries_.resize(static_cast<size_t>(rows_ * dim));
-  query_rows_.assign(static_cast<size_t>(blocks_ * kRowBlock), nullptr);
+  queries_.assign(static_cast<size_t>(blocks_ * kRowBlock * dim), 0.0f);
+  std::vector<const float*> rows(static_cast<size_t>(blocks_ * kRowBlock), nullptr);
   const float* eq = store_.equalizer.empty() ? nullptr : &store_.equalizer[spec_.kv_head * dim];
   for (int64_t r = 0; r < rows_; ++r) {
     const float* q = request_.q.row(spec_.first_query + position_of(r), q_head(r));
@@ -89,12 +88,12 @@ void DecodeTile::pack_queries() {
       std::copy_n(q, dim, row);
     }
     for (int64_t d = 0; d < dim; ++d) row[d] *= request_.config.softmax_scale;
-    query_rows_[static_cast<size_t>(r)] = row;
+    rows[static_cast<size_t>(r)] = row;
   }
   const int64_t bytes = kernels_.query_bytes(dim);
   packed_ = aligned_buffer<std::byte>(blocks_ * bytes);
   for (int64_t b = 0; b < blocks_; ++b) {
-    kernels_.pack_queries(&query_rows_[static_cast<size_t>(b * kRowBlock)], dim,
+    kernels_.pack_queries(&rows[static_cast<size_t>(b * kRowBlock)], dim,
                           packed_.get() + b * bytes);
   }
 }
@@ -103,8 +102,8 @@ void DecodeTile::pack_queries() {
 Bf16Rows DecodeTile::bf16_rows(const SideLayout& side, const Page& page) const {
   const int64_t tokens = std::min(kPageTokens, view_.length() - page.index * kPageTokens);
   if (!side.layered) {
-    const uint8_t* head = view_.head(page.index, spec_.kv_head);
-    return {.data = reinterpret_cast<const uint16_t*>(head + side.rows),
+    const uint8_t* start = view_.start(side, page.index, spec_.kv_head);
+    return {.data = reinterpret_cast<const uint16_t*>(start + side.rows),
             .stride = side.row_bytes / 2,
             .tokens = tokens};
   }
@@ -116,9 +115,10 @@ Bf16Rows DecodeTile::bf16_rows(const SideLayout& side, const Page& page) const {
 }
 
 Nvfp4ConstPlane DecodeTile::base_plane(const SideLayout& side, const Page& page) const {
-  const uint8_t* head = view_.head(page.index, spec_.kv_head);
+  const PageHead head = view_.head(page.index, spec_.kv_head);
   const PageMeta& meta = page_meta(store_.layout, head);
-  return {head + side.codes, head + side.scales,
+  const uint8_t* start = store_.layout.start(side, head);
+  return {start + side.codes, start + side.scales,
           &side == &store_.layout.k ? meta.k_scale : meta.v_scale};
 }
 
@@ -136,7 +136,8 @@ const uint16_t* DecodeTile::k_mean(const Page& page) const {
   if (!page.sealed) {
     return &view_.open(page.index)->k_reference[static_cast<size_t>(spec_.kv_head * side.dim)];
   }
-  return reinterpret_cast<const uint16_t*>(view_.head(page.index, spec_.kv_head) + side.mean);
+  return reinterpret_cast<const uint16_t*>(view_.start(side, page.index, spec_.kv_head) +
+                                           side.mean);
 }
 
 // Where the base rows of a side of a later page lie.
@@ -144,41 +145,40 @@ NextRows DecodeTile::rows_to_come(const SideLayout& side, int64_t index) const {
   if (index >= page_end_) return {};
   const Page next = page(index);
   if (side.layered && !next.sealed) return {};  // the open page is warm
-  const uint8_t* head = view_.head(index, spec_.kv_head);
-  if (!side.layered) return {.rows = head + side.rows, .row_bytes = side.row_bytes};
-  return {.rows = head + side.codes,
+  const PageHead head = view_.head(index, spec_.kv_head);
+  const uint8_t* start = store_.layout.start(side, head);
+  if (!side.layered) return {.rows = start + side.rows, .row_bytes = side.row_bytes};
+  return {.rows = start + side.codes,
           .row_bytes = side.dim / 2,
-          .scales = head + side.scales,
+          .scales = start + side.scales,
           .scale_bytes = nvfp4_scales_bytes(side.dim),
-          .mean = head + side.mean,
+          .mean = start + side.mean,
           .mean_bytes = 2 * side.dim,
           .meta = &page_meta(store_.layout, head)};
 }
 
 // Linear base scores of `blocks` blocks.
-void DecodeTile::score_page(const Page& page, int64_t first_block, int64_t blocks, float* s,
-                            const NextRows& next) const {
+void DecodeTile::score(const Page& page, int64_t first_block, int64_t blocks, float* s,
+                       const NextRows& next) const {
   const SideLayout& side = store_.layout.k;
   const std::byte* q = packed_.get() + first_block * kernels_.query_bytes(side.dim);
-  std::vector<float> offset(static_cast<size_t>(blocks * kRowBlock), 0.0f);
+  float offset[kMaxBlocks * kRowBlock] = {};
   if (const uint16_t* mean = k_mean(page)) {
     for (int64_t b = 0; b < blocks; ++b) {
       kernels_.dot_bf16(mean, side.dim,
-                        &query_rows_[static_cast<size_t>((first_block + b) * kRowBlock)],
-                        &offset[static_cast<size_t>(b * kRowBlock)]);
+                        &queries_[static_cast<size_t>((first_block + b) * kRowBlock * side.dim)],
+                        offset + b * kRowBlock);
     }
   }
   if (side.layered && page.sealed) {
-    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset.data(), s, false,
-                         next);
+    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset, s, false, next);
   } else {
-    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset.data(), s, next);
+    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset, s, next);
   }
 }
 
 // Caps, hides what each row may not see, and turns scores into exp(s - m).
-void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* m,
-                              float* l) const {
+void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* m, float* l) const {
   if (page.whole) {
     kernels_.page_softmax(s, request_.config.softcap, nullptr, m, l);
     return;
@@ -195,21 +195,19 @@ void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* 
   kernels_.page_softmax(s, request_.config.softcap, &mask, m, l);
 }
 
-void DecodeTile::score(int64_t split) {
-  const int64_t pages = page_end_ - page_begin_;
-  for (int64_t j = page_first(split); j < page_last(split); ++j) {
-    const Page p = page(j);
-    score_page(p, 0, blocks_, weights(j, 0), rows_to_come(store_.layout.k, j + 1));
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const auto state = static_cast<size_t>((b * pages + j - page_begin_) * kRowBlock);
-      softmax_page(p, b, weights(j, b), &m_[state], &l_[state]);
-    }
+void DecodeTile::score_page(int64_t index, const NextRows& next) {
+  const Page p = page(index);
+  alignas(64) float s[kMaxBlocks * kBlockScores];
+  score(p, 0, blocks_, s, next);
+  for (int64_t b = 0; b < blocks_; ++b) {
+    const size_t at = state(index, b);
+    softmax_page(p, b, s + b * kBlockScores, &m_[at], &l_[at]);
+    kernels_.store_weights(s + b * kBlockScores, kAllRows, weights(index, b));
   }
 }
 
 // The LSE over everything visible, each page's mass, and from it how each page is read.
 void DecodeTile::combine() {
-  const int64_t pages = page_end_ - page_begin_;
   for (int64_t b = 0; b < blocks_; ++b) {
     float m[kRowBlock], l[kRowBlock];
     for (int64_t r = 0; r < kRowBlock; ++r) {
@@ -221,11 +219,11 @@ void DecodeTile::combine() {
         l[r] = 1.0f;
       }
     }
-    const auto first = static_cast<size_t>(b * pages * kRowBlock);
-    kernels_.merge_pages(&m_[first], &l_[first], pages, m, l);
+    const size_t first = state(page_begin_, b);
+    kernels_.merge_pages(&m_[first], &l_[first], pages(), m, l);
     float* lse = &lse_[static_cast<size_t>(b * kRowBlock)];
     for (int64_t r = 0; r < kRowBlock; ++r) lse[r] = SoftmaxScalar{m[r], l[r]}.lse();
-    kernels_.page_masses(&m_[first], &l_[first], pages, lse, &mass_[first], &factor_[first]);
+    kernels_.page_masses(&m_[first], &l_[first], pages(), lse, &mass_[first], &factor_[first]);
   }
   final_mass_ = mass_;
   if (store_.policy.max_promoted < 1 && layered_) apply_cap();
@@ -236,11 +234,9 @@ void DecodeTile::combine() {
 
 // The mass that decides: the largest over the query heads of the group.
 float DecodeTile::top_mass(int64_t page, int64_t position) const {
-  const int64_t pages = page_end_ - page_begin_, j = page - page_begin_;
   float top = 0;
   for (int64_t row = position * group_; row < (position + 1) * group_; ++row) {
-    top = std::max(top, mass_[static_cast<size_t>((row / kRowBlock * pages + j) * kRowBlock +
-                                                  row % kRowBlock)]);
+    top = std::max(top, mass_[state(page, row / kRowBlock) + static_cast<size_t>(row % kRowBlock)]);
   }
   return top;
 }
@@ -279,12 +275,10 @@ void DecodeTile::decide(const Page& page) {
 // through `factor` what every row's weights are multiplied with (0 for a skipped row).
 void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* factor) {
   const SideLayout& side = store_.layout.k;
-  const int64_t pages = page_end_ - page_begin_;
-  const auto state =
-      static_cast<size_t>((block * pages + page.index - page_begin_) * kRowBlock);
+  const size_t at = state(page.index, block);
   alignas(64) float s[kBlockScores];
   float m[kRowBlock], l[kRowBlock], mass[kRowBlock], again[kRowBlock];
-  score_page(page, block, 1, s, {});
+  score(page, block, 1, s, {});
   if (side.layered) {
     kernels_.score_nvfp4(residual_plane(side, page), side.dim,
                          packed_.get() + block * kernels_.query_bytes(side.dim), 1, nullptr, s,
@@ -292,30 +286,29 @@ void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* fa
   }
   softmax_page(page, block, s, m, l);
   kernels_.page_masses(m, l, 1, &lse_[static_cast<size_t>(block * kRowBlock)], mass, again);
-  float* p = weights(page.index, block);
+  uint32_t promoted = 0;
   for (int64_t r = 0; r < kRowBlock; ++r) {
     const int64_t row = block * kRowBlock + r;
     if (row >= rows_ || read(page.index, row) != PageRead::full) continue;
-    for (int64_t t = 0; t < kPageTokens; ++t) p[score_index(t, r)] = s[score_index(t, r)];
+    promoted |= 1u << r;
     factor[r] = again[r];
-    sums[r] += mass[r] - final_mass_[state + static_cast<size_t>(r)];
-    final_mass_[state + static_cast<size_t>(r)] = mass[r];
+    sums[r] += mass[r] - final_mass_[at + static_cast<size_t>(r)];
+    final_mass_[at + static_cast<size_t>(r)] = mass[r];
   }
+  kernels_.store_weights(s, promoted, weights(page.index, block));
 }
 
 // O += P.V of one page for all blocks.
-void DecodeTile::weigh(const Page& page, float* accumulators, float* sums,
-                       const NextRows& next) {
+void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const NextRows& next) {
   const SideLayout& side = store_.layout.v;
-  const int64_t pages = page_end_ - page_begin_, j = page.index - page_begin_;
   const int64_t step = kernels_.accumulator_floats(side.dim);
   const bool tiers = layered_ && page.sealed;
   for (int64_t b = 0; b < blocks_; ++b) {
-    const auto state = static_cast<size_t>((b * pages + j) * kRowBlock);
+    const size_t at = state(page.index, b);
     float factor[kRowBlock], full[kRowBlock] = {};
-    float* p = weights(page.index, b);
+    const std::byte* p = weights(page.index, b);
     bool any = false, promoted = false;
-    std::copy_n(&factor_[state], kRowBlock, factor);
+    std::copy_n(&factor_[at], kRowBlock, factor);
     for (int64_t r = 0; r < kRowBlock; ++r) {
       const int64_t row = b * kRowBlock + r;
       const PageRead how = tiers && row < rows_ ? read(page.index, row) : PageRead::base;
@@ -325,7 +318,7 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums,
         any = true;
         promoted |= how == PageRead::full;
       }
-      sums[b * kRowBlock + r] += mass_[state + static_cast<size_t>(r)];
+      sums[b * kRowBlock + r] += mass_[at + static_cast<size_t>(r)];
     }
     if (promoted) {
       promote(page, b, sums + b * kRowBlock, factor);
@@ -337,18 +330,18 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums,
     float* acc = accumulators + b * step;
     if (tiers && side.layered) {
       // The page's mean of V, weighted by the row's own mass: all that a skipped page gives.
-      const uint8_t* head = view_.head(page.index, spec_.kv_head);
-      kernels_.add_mean(reinterpret_cast<const uint16_t*>(head + side.mean), side.dim,
-                        &final_mass_[state], acc);
+      const uint8_t* start = view_.start(side, page.index, spec_.kv_head);
+      kernels_.add_mean(reinterpret_cast<const uint16_t*>(start + side.mean), side.dim,
+                        &final_mass_[at], acc);
       if (any) {
-        kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, 1, acc,
+        kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, acc,
                              b == 0 ? next : NextRows{});
       }
       if (promoted) {
-        kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, 1, acc, {});
+        kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, acc, {});
       }
     } else {
-      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, 1, acc,
+      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, acc,
                           b == 0 ? next : NextRows{});
     }
   }
@@ -361,26 +354,37 @@ bool DecodeTile::reads_values(int64_t page) const {
                      [](PageRead how) { return how != PageRead::skip; });
 }
 
-void DecodeTile::accumulate(int64_t split) {
+void DecodeTile::begin_split(int64_t split) {
   const int64_t floats = blocks_ * kernels_.accumulator_floats(store_.layout.v.dim);
   AlignedFloats acc = aligned_buffer<float>(floats);
   std::fill_n(acc.get(), floats, 0.0f);
-  std::vector<float> sums(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
-  int64_t next = page_first(split);
-  for (int64_t j = page_first(split); j < page_last(split); ++j) {
-    if (j == next) {
-      do ++next;
-      while (next < page_last(split) && !reads_values(next));
-    }
-    weigh(page(j), acc.get(), sums.data(), rows_to_come(store_.layout.v, next));
-  }
   accumulators_[static_cast<size_t>(split)] = std::move(acc);
-  sums_[static_cast<size_t>(split)] = std::move(sums);
+  sums_[static_cast<size_t>(split)].assign(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
 }
 
-void DecodeTile::finish(AttendStats* stats) {
+void DecodeTile::weigh_page(int64_t split, int64_t index, const NextRows& next) {
+  const auto s = static_cast<size_t>(split);
+  weigh(page(index), accumulators_[s].get(), sums_[s].data(), next);
+}
+
+NextRows DecodeTile::keys_to_come(int64_t index) const {
+  return rows_to_come(store_.layout.k, index);
+}
+
+NextRows DecodeTile::values_to_come(int64_t index) const {
+  if (index >= page_end_ || !reads_values(index)) return {};
+  return rows_to_come(store_.layout.v, index);
+}
+
+void DecodeTile::write_output() {
   const int64_t dim = store_.layout.v.dim;
   const int64_t step = kernels_.accumulator_floats(dim);
+  // The splits' sums, in their order.
+  AlignedFloats acc = std::move(accumulators_.front());
+  for (size_t s = 1; s < accumulators_.size(); ++s) {
+    const float* more = accumulators_[s].get();
+    for (int64_t i = 0; i < blocks_ * step; ++i) acc[static_cast<size_t>(i)] += more[i];
+  }
   std::vector<float> o(static_cast<size_t>(dim));
   for (int64_t r = 0; r < rows_; ++r) {
     const int64_t i = position_of(r);
@@ -390,11 +394,8 @@ void DecodeTile::finish(AttendStats* stats) {
       total = softmax_rescale(request_.sink_logits[q_head(r)], lse);
     }
     std::fill(o.begin(), o.end(), 0.0f);
-    for (int64_t s = 0; s < splits(); ++s) {
-      total += sums_[static_cast<size_t>(s)][static_cast<size_t>(r)];
-      kernels_.add_row(accumulators_[static_cast<size_t>(s)].get() + r / kRowBlock * step, dim,
-                       r % kRowBlock, o.data());
-    }
+    for (const std::vector<float>& sums : sums_) total += sums[static_cast<size_t>(r)];
+    kernels_.add_row(acc.get() + r / kRowBlock * step, dim, r % kRowBlock, o.data());
     const float inverse = total > 0 ? 1.0f / total : 0.0f;
     float* out = request_.out.row(spec_.first_query + i, q_head(r));
     for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;
@@ -402,11 +403,9 @@ void DecodeTile::finish(AttendStats* stats) {
       *request_.lse.row(spec_.first_query + i, q_head(r)) = SoftmaxScalar{lse, total}.lse();
     }
   }
-  if (stats) add_stats(*stats);
 }
 
 void DecodeTile::add_stats(AttendStats& stats) const {
-  const int64_t pages = page_end_ - page_begin_;
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const int64_t position = spec_.first_token + i;
     const int64_t first = visible_.begin(position), end = visible_.end(position);
@@ -423,9 +422,8 @@ void DecodeTile::add_stats(AttendStats& stats) const {
       const PageRead how = read(j, i * group_);
       row_stats.add_page(how, tokens);
       for (int64_t row = i * group_; row < (i + 1) * group_; ++row) {
-        const auto state = static_cast<size_t>(
-            (row / kRowBlock * pages + j - page_begin_) * kRowBlock + row % kRowBlock);
-        row_stats.add_mass(how, mass_[state], final_mass_[state]);
+        const size_t at = state(j, row / kRowBlock) + static_cast<size_t>(row % kRowBlock);
+        row_stats.add_mass(how, mass_[at], final_mass_[at]);
       }
     }
     row_stats.finish(group_);

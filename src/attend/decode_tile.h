@@ -12,10 +12,9 @@
 #include <memory>
 #include <vector>
 
-#include "base/aligned.h"
-#include "base/scratch_pool.h"
 #include "attend/attend_tile.h"
 #include "attend/decode_kernels.h"
+#include "base/aligned.h"
 
 namespace thriftattn {
 
@@ -24,14 +23,35 @@ class DecodeTile {
   // Whether this layer's formats and rule are in the kernels' reach.
   static bool supports(const LayerStore& store);
 
+  // Where a tile keeps its weights between the phases: page j's of all blocks at data + j * stride,
+  // weights_bytes() of them, pages counted from the first that it reads.
+  struct Weights {
+    std::byte* data = nullptr;
+    int64_t stride = 0;
+  };
+
   DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
-             const DecodeKernels& kernels, ScratchPool& scratch);
+             const DecodeKernels& kernels);
+
+  int64_t pages() const { return page_end_ - page_begin_; }
+  int64_t weights_bytes() const { return blocks_ * kernels_.weights_bytes; }
+  void set_weights(const Weights& weights) { weights_ = weights; }  // before anything below
 
   int64_t splits() const { return split_end_ - split_begin_; }
-  void score(int64_t split);       // phase 1, independent across splits
-  void combine();                  // after every score()
-  void accumulate(int64_t split);  // phase 2, independent across splits
-  void finish(AttendStats* stats);  // writes out and lse
+  // Pages of a split: [first, last). Phase 1 takes any page in any order, phase 2 those of a split
+  // in theirs, between begin_split() and the next one's. `next` is what is read afterwards.
+  int64_t page_first(int64_t split) const;
+  int64_t page_last(int64_t split) const;
+  void score_page(int64_t page, const NextRows& next);  // phase 1
+  void combine();                                       // after every page
+  void begin_split(int64_t split);                      // phase 2
+  void weigh_page(int64_t split, int64_t page, const NextRows& next);
+  void write_output();  // out and lse, after every split
+  void add_stats(AttendStats& stats) const;
+  // Where the rows lie that phase 1, phase 2 will read of a page; nothing if they are near already
+  // or will not be read.
+  NextRows keys_to_come(int64_t page) const;
+  NextRows values_to_come(int64_t page) const;
 
  private:
   struct Page {
@@ -40,14 +60,12 @@ class DecodeTile {
     bool whole;     // every row sees all 64 tokens
   };
 
-  int64_t page_first(int64_t split) const;
-  int64_t page_last(int64_t split) const;
   Page page(int64_t index) const;
-  int64_t at(int64_t page, int64_t block) const {
-    return (page - page_begin_) * blocks_ + block;
+  std::byte* weights(int64_t page, int64_t block) {
+    return weights_.data + (page - page_begin_) * weights_.stride + block * kernels_.weights_bytes;
   }
-  float* weights(int64_t page, int64_t block) {
-    return p_.get() + at(page, block) * kBlockScores;
+  size_t state(int64_t page, int64_t block) const {
+    return static_cast<size_t>((block * pages() + page - page_begin_) * kRowBlock);
   }
   int64_t position_of(int64_t row) const { return row / group_; }
   // The layer's query head of a row: the index into q, out, lse and sink_logits.
@@ -64,8 +82,8 @@ class DecodeTile {
   Nvfp4ConstPlane residual_plane(const SideLayout& side, const Page& page) const;
   const uint16_t* k_mean(const Page& page) const;
   NextRows rows_to_come(const SideLayout& side, int64_t page) const;
-  void score_page(const Page& page, int64_t first_block, int64_t blocks, float* s,
-                  const NextRows& next) const;
+  void score(const Page& page, int64_t first_block, int64_t blocks, float* s,
+             const NextRows& next) const;
   void softmax_page(const Page& page, int64_t block, float* s, float* m, float* l) const;
   float top_mass(int64_t page, int64_t position) const;
   PageFacts facts(int64_t page, int64_t position) const;
@@ -74,7 +92,6 @@ class DecodeTile {
   void promote(const Page& page, int64_t block, float* sums, float* factor);
   void weigh(const Page& page, float* accumulators, float* sums, const NextRows& next);
   bool reads_values(int64_t page) const;
-  void add_stats(AttendStats& stats) const;
 
   const LayerView& view_;
   const AttendRequest& request_;
@@ -87,18 +104,17 @@ class DecodeTile {
   int64_t split_begin_, split_end_;
   bool layered_;  // some side has planes: pages have tiers
 
-  std::vector<float> queries_;                 // [rows][dim] FP32, transformed and scaled
-  std::vector<const float*> query_rows_;       // [blocks * 4], null behind the last row
+  std::vector<float> queries_;  // [blocks * 4][dim] FP32, transformed and scaled
   AlignedBuffer<std::byte> packed_;
-  ScratchPool::Lease p_;                       // [pages][blocks][256]: exp(s - m) of each page
-  std::vector<float> m_, l_;                   // [block][pages][4]: each page's own state
-  std::vector<float> mass_, factor_;           // [block][pages][4], relative to lse_
-  std::vector<float> final_mass_;              // [block][pages][4]: after promotion
-  std::vector<float> lse_;                     // [blocks * 4], of base scores, sinks included
-  std::vector<PageRead> reads_;                // [pages][positions]
-  std::vector<float> promote_;                 // [positions]: the policy's, or higher by the cap
-  std::vector<AlignedFloats> accumulators_;    // per split, [blocks]
-  std::vector<std::vector<float>> sums_;       // per split, [blocks * 4]: of weights
+  Weights weights_;                          // exp(s - m) of each page
+  std::vector<float> m_, l_;                 // [block][pages][4]: each page's own state
+  std::vector<float> mass_, factor_;         // [block][pages][4], relative to lse_
+  std::vector<float> final_mass_;            // [block][pages][4]: after promotion
+  std::vector<float> lse_;                   // [blocks * 4], of base scores, sinks included
+  std::vector<PageRead> reads_;              // [pages][positions]
+  std::vector<float> promote_;               // [positions]: the policy's, or higher by the cap
+  std::vector<AlignedFloats> accumulators_;  // per split, [blocks]
+  std::vector<std::vector<float>> sums_;     // per split, [blocks * 4]: of weights
 };
 
 }  // namespace thriftattn

@@ -101,15 +101,16 @@ void PrefillHead::make_tile(int64_t index) {
 void PrefillHead::read_side(const SideLayout& side, int64_t page, float* out) const {
   const int64_t tokens = std::min(kPageTokens, view_.length() - page * kPageTokens);
   std::fill_n(out + tokens * side.dim, (kPageTokens - tokens) * side.dim, 0.0f);
-  const uint8_t* head = view_.head(page, kv_head_);
   if (!side.layered) {
-    decode_rows(side.format, head + side.rows, side.row_bytes, tokens, side.dim, out, side.dim);
+    const uint8_t* start = view_.start(side, page, kv_head_);
+    decode_rows(side.format, start + side.rows, side.row_bytes, tokens, side.dim, out, side.dim);
   } else if (page >= open_from_) {
     const OpenPage& open = *view_.open(page);
     const std::vector<uint16_t>& rows = &side == &store_.layout.k ? open.k : open.v;
     widen_bf16(&rows[static_cast<size_t>(kv_head_ * side.dim * kPageTokens)], tokens * side.dim,
                out);
   } else {
+    const PageHead head = view_.head(page, kv_head_);
     decode_base(store_.layout, side, head, out);
     const uint8_t* residual = view_.residual(page, kv_head_);
     if (residual == nullptr) return;
@@ -128,7 +129,7 @@ void PrefillHead::read_mean(const SideLayout& side, int64_t page, float* out) co
     widen_bf16(&view_.open(page)->k_reference[static_cast<size_t>(kv_head_ * side.dim)], side.dim,
                out);
   } else {
-    widen_bf16(reinterpret_cast<const uint16_t*>(view_.head(page, kv_head_) + side.mean), side.dim,
+    widen_bf16(reinterpret_cast<const uint16_t*>(view_.start(side, page, kv_head_) + side.mean), side.dim,
                out);
   }
 }

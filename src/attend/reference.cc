@@ -107,10 +107,11 @@ PageValues Reference::load(const SideLayout& side, int64_t page, bool open) cons
   v.base.assign(static_cast<size_t>(kPageTokens * dim), 0.0f);
   v.mean.assign(static_cast<size_t>(dim), 0.0);
   const bool is_k = &side == &store_.layout.k;
-  const uint8_t* head = view_.head(page, head_);
+  const PageHead head = view_.head(page, head_);
+  const uint8_t* start = store_.layout.start(side, head);
   const int64_t held = std::min(kPageTokens, view_.length() - page * kPageTokens);
   if (!side.layered) {
-    decode_rows_scalar(side.format, head + side.rows, side.row_bytes, held, dim, v.base.data(), dim);
+    decode_rows_scalar(side.format, start + side.rows, side.row_bytes, held, dim, v.base.data(), dim);
   } else if (open) {
     const OpenPage& o = *view_.open(page);
     const uint16_t* rows = (is_k ? o.k : o.v).data() + head_ * kPageTokens * dim;
@@ -122,7 +123,7 @@ PageValues Reference::load(const SideLayout& side, int64_t page, bool open) cons
     }
   } else {
     decode_base(store_.layout, side, head, v.base.data());
-    const auto* mean = reinterpret_cast<const uint16_t*>(head + side.mean);
+    const auto* mean = reinterpret_cast<const uint16_t*>(start + side.mean);
     for (int64_t d = 0; d < dim; ++d) v.mean[static_cast<size_t>(d)] = bf16_to_f32(mean[d]);
     if (const uint8_t* residual = view_.residual(page, head_)) {
       v.residual.resize(v.base.size());

@@ -83,15 +83,15 @@ void stage_layered(const LayerStore& store, const Segment& s, TensorView<const f
 }
 
 void store_plain(const SideLayout& side, const Segment& s, TensorView<const float> x,
-                 uint8_t* head) {
+                 uint8_t* start) {
   encode_rows(side.format, x.row(s.step_token, s.model_head), s.tokens, side.dim, x.token_stride,
-              head + side.rows + s.page_token * side.row_bytes, side.row_bytes);
+              start + side.rows + s.page_token * side.row_bytes, side.row_bytes);
 }
 
 void seal(const LayerStore& store, int64_t head, const OpenPage& open, uint8_t* slot,
           uint8_t* residual) {
   const PageLayout& layout = store.layout;
-  uint8_t* planes = slot + head * layout.head_bytes;
+  const MutablePageHead planes = layout.head(slot, head);
   page_meta(layout, planes) = PageMeta{};
   if (layout.k.layered) {
     const size_t at = static_cast<size_t>(head * layout.k.dim);
@@ -170,8 +170,8 @@ void KvCache::Impl::stage(Sequence& seq, size_t index, TensorView<const float> k
     tbb::parallel_for(int64_t{0}, layout.kv_heads, [&](int64_t h) {
       const Segment s{h, store.model_head(h), begin % kPageTokens, begin - seq.length, page_end - begin};
       if (open) stage_layered(store, s, k, v, *open);
-      if (!layout.k.layered) store_plain(layout.k, s, k, slot + h * layout.head_bytes);
-      if (!layout.v.layered) store_plain(layout.v, s, v, slot + h * layout.head_bytes);
+      if (!layout.k.layered) store_plain(layout.k, s, k, layout.head(slot, h).k);
+      if (!layout.v.layered) store_plain(layout.v, s, v, layout.head(slot, h).v);
       if (open && full) seal(store, h, *open, slot, residual[static_cast<size_t>(h)]);
     });
     begin = page_end;

@@ -113,9 +113,16 @@ void KvCache::Impl::add_stores(size_t l) {
       }
     }
     layers.push_back({static_cast<int64_t>(l), part, own, layout, std::move(eq), std::move(heads),
-                      SlotPool("a KV page", layout.slot_bytes, &budget, config.poison_free),
-                      SlotPool("a residual plane", layout.residual_bytes, &budget,
-                               config.poison_free)});
+                      SlotPool({.name = "a KV page",
+                                .slot_bytes = layout.slot_bytes,
+                                .placement = SlotPlacement::region,
+                                .poison = config.poison_free},
+                               &budget),
+                      SlotPool({.name = "a residual plane",
+                                .slot_bytes = layout.residual_bytes,
+                                .placement = SlotPlacement::single,
+                                .poison = config.poison_free},
+                               &budget)});
     layers.back().policy.heads.clear();
   }
 }
@@ -153,7 +160,7 @@ OpenPage& KvCache::Impl::open_page(LayerStore& store, LayerSequence& seq, int64_
       const uint8_t* previous = store.pages.data(seq.pages[static_cast<size_t>(page - 1)]);
       for (int64_t h = 0; h < layout.kv_heads; ++h) {
         const auto* mean =
-            reinterpret_cast<const uint16_t*>(previous + h * layout.head_bytes + layout.k.mean);
+            reinterpret_cast<const uint16_t*>(layout.head(previous, h).k + layout.k.mean);
         std::copy_n(mean, layout.k.dim, &open.k_reference[static_cast<size_t>(h * layout.k.dim)]);
       }
     }
@@ -282,15 +289,16 @@ void KvCache::Impl::truncate(Sequence& seq, int64_t length) {
       drop_open(state, 0, 0);
       OpenPage& open = open_page(store, state, page);
       for (int64_t h = 0; h < layout.kv_heads; ++h) {
-        const uint8_t* head =
-            store.pages.data(state.pages[static_cast<size_t>(page)]) + h * layout.head_bytes;
+        const PageHead head =
+            layout.head(store.pages.data(state.pages[static_cast<size_t>(page)]), h);
         const int32_t res = state.residuals[static_cast<size_t>(page * layout.kv_heads + h)];
         const uint8_t* residual = res == kNoPage ? nullptr : store.residuals.data(res);
         const auto reopen = [&](const SideLayout& side, const uint16_t* reference, uint16_t* out) {
           std::vector<float> x(static_cast<size_t>(kPageTokens * side.dim)), r(x.size(), 0.0f);
           decode_base(layout, side, head, x.data());
           if (residual) decode_residual(layout, side, head, residual, r.data());
-          const auto* mean = reinterpret_cast<const uint16_t*>(head + side.mean);
+          const auto* mean =
+              reinterpret_cast<const uint16_t*>(layout.start(side, head) + side.mean);
           for (size_t i = 0; i < x.size(); ++i) {
             const size_t d = i % static_cast<size_t>(side.dim);
             const float ref = reference ? bf16_to_f32(reference[d]) : 0.0f;

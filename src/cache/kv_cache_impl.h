@@ -57,12 +57,16 @@ class LayerView {
   int64_t length() const { return committed_ + seq_->staged; }
   int64_t committed() const { return committed_; }
 
-  // The head's planes in page `page`; nullptr when the page has no slot.
-  const uint8_t* head(int64_t page, int64_t kv_head) const {
-    if (page >= static_cast<int64_t>(seq_->pages.size())) return nullptr;
+  // The head's part of page `page`; empty when the page has no slot.
+  PageHead head(int64_t page, int64_t kv_head) const {
+    if (page >= static_cast<int64_t>(seq_->pages.size())) return {};
     const int32_t id = seq_->pages[static_cast<size_t>(page)];
-    if (id == kNoPage) return nullptr;
-    return store_->pages.data(id) + kv_head * store_->layout.head_bytes;
+    if (id == kNoPage) return {};
+    return store_->layout.head(store_->pages.data(id), kv_head);
+  }
+  // Where a side of it starts. The page has a slot.
+  const uint8_t* start(const SideLayout& side, int64_t page, int64_t kv_head) const {
+    return store_->layout.start(side, head(page, kv_head));
   }
   const uint8_t* residual(int64_t page, int64_t kv_head) const {
     const size_t at = static_cast<size_t>(page * store_->layout.kv_heads + kv_head);

@@ -76,19 +76,19 @@ void encode_side(const SideLayout& side, OpenSide open, bool center, uint8_t* he
 
 }  // namespace
 
-const PageMeta& page_meta(const PageLayout& layout, const uint8_t* head) {
-  return *reinterpret_cast<const PageMeta*>(head + layout.meta);
+const PageMeta& page_meta(const PageLayout& layout, PageHead head) {
+  return *reinterpret_cast<const PageMeta*>((layout.k.layered ? head.k : head.v) + layout.meta);
 }
 
-PageMeta& page_meta(const PageLayout& layout, uint8_t* head) {
-  return *reinterpret_cast<PageMeta*>(head + layout.meta);
+PageMeta& page_meta(const PageLayout& layout, MutablePageHead head) {
+  return *reinterpret_cast<PageMeta*>((layout.k.layered ? head.k : head.v) + layout.meta);
 }
 
-void encode_page_k(const PageLayout& layout, OpenSide open, bool center, uint8_t* head,
+void encode_page_k(const PageLayout& layout, OpenSide open, bool center, MutablePageHead head,
                    uint8_t* residual) {
   PageMeta& meta = page_meta(layout, head);
   std::vector<float> decoded;
-  encode_side(layout.k, open, center, head, residual,
+  encode_side(layout.k, open, center, head.k, residual,
               {&meta.k_scale, &meta.k_res_scale, &meta.k_error, &meta.k_error_both}, decoded);
   std::vector<float> mean(static_cast<size_t>(layout.k.dim));
   page_mean(decoded.data(), kPageTokens, layout.k.dim, mean.data());
@@ -98,23 +98,23 @@ void encode_page_k(const PageLayout& layout, OpenSide open, bool center, uint8_t
   meta.k_mean_norm = std::nextafter(static_cast<float>(std::sqrt(norm2)), INFINITY);
 }
 
-void encode_page_v(const PageLayout& layout, OpenSide open, bool center, uint8_t* head,
+void encode_page_v(const PageLayout& layout, OpenSide open, bool center, MutablePageHead head,
                    uint8_t* residual) {
   PageMeta& meta = page_meta(layout, head);
   std::vector<float> decoded;
-  encode_side(layout.v, open, center, head, residual,
+  encode_side(layout.v, open, center, head.v, residual,
               {&meta.v_scale, &meta.v_res_scale, &meta.v_error, &meta.v_error_both}, decoded);
 }
 
-void decode_base(const PageLayout& layout, const SideLayout& side, const uint8_t* head,
-                 float* out) {
+void decode_base(const PageLayout& layout, const SideLayout& side, PageHead head, float* out) {
   const PageMeta& meta = page_meta(layout, head);
   const float scale = &side == &layout.k ? meta.k_scale : meta.v_scale;
-  decode_plane({.format = side.format, .dim = side.dim}, head + side.codes, head + side.scales,
+  const uint8_t* start = layout.start(side, head);
+  decode_plane({.format = side.format, .dim = side.dim}, start + side.codes, start + side.scales,
                scale, out);
 }
 
-void decode_residual(const PageLayout& layout, const SideLayout& side, const uint8_t* head,
+void decode_residual(const PageLayout& layout, const SideLayout& side, PageHead head,
                      const uint8_t* residual, float* out) {
   const PageMeta& meta = page_meta(layout, head);
   const float scale = &side == &layout.k ? meta.k_res_scale : meta.v_res_scale;

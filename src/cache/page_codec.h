@@ -16,19 +16,19 @@ struct OpenSide {
   const uint16_t* reference = nullptr;
 };
 
-// Encodes base, residual and summary. `head` is the head's start in a page slot; `residual` is
-// a residual slot. Both planes are always written; residency decides later what is kept.
-void encode_page_k(const PageLayout& layout, OpenSide open, bool center, uint8_t* head,
+// Encodes base, residual and summary. `head` is the head's part of a page slot; `residual` is a
+// residual slot. Both planes are always written; residency decides later what is kept.
+void encode_page_k(const PageLayout& layout, OpenSide open, bool center, MutablePageHead head,
                    uint8_t* residual);
-void encode_page_v(const PageLayout& layout, OpenSide open, bool center, uint8_t* head,
+void encode_page_v(const PageLayout& layout, OpenSide open, bool center, MutablePageHead head,
                    uint8_t* residual);
 
 // Base (or residual) plane of a layered side as FP32 [64][dim], page scale included.
-void decode_base(const PageLayout& layout, const SideLayout& side, const uint8_t* head, float* out);
-void decode_residual(const PageLayout& layout, const SideLayout& side, const uint8_t* head,
+void decode_base(const PageLayout& layout, const SideLayout& side, PageHead head, float* out);
+void decode_residual(const PageLayout& layout, const SideLayout& side, PageHead head,
                      const uint8_t* residual, float* out);
 
-const PageMeta& page_meta(const PageLayout& layout, const uint8_t* head);
-PageMeta& page_meta(const PageLayout& layout, uint8_t* head);
+const PageMeta& page_meta(const PageLayout& layout, PageHead head);
+PageMeta& page_meta(const PageLayout& layout, MutablePageHead head);
 
 }  // namespace thriftattn

@@ -98,9 +98,9 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
 
   PageLayout layout;
   layout.kv_heads = shape.kv_heads;
-  int64_t at = 0;
   int64_t res_at = 0;
   const auto place = [&](SideLayout& side, Format format, int64_t dim) {
+    int64_t at = 0;
     side.format = format;
     side.layered = is_layered(format);
     side.dim = dim;
@@ -126,17 +126,19 @@ PageLayout make_page_layout(const LayerShape& shape, const LayerPolicy& policy) 
       at = aligned(at + kPageTokens * side.row_bytes);
       layout.plain_bytes += aligned(kPageTokens * side.row_bytes);
     }
+    side.head_bytes = at;
   };
   place(layout.k, policy.k_format, shape.head_dim_k);
   place(layout.v, policy.v_format, shape.head_dim_v);
   layout.k.rotated = layout.k.layered && policy.rotate;
   layout.v.rotated = format_info(policy.v_format).rotate_v && policy.rotate;
   if (layout.any_layered()) {
-    layout.meta = at;
-    at = aligned(at + static_cast<int64_t>(sizeof(PageMeta)));
+    SideLayout& side = layout.k.layered ? layout.k : layout.v;
+    layout.meta = side.head_bytes;
+    side.head_bytes = aligned(layout.meta + static_cast<int64_t>(sizeof(PageMeta)));
   }
-  layout.head_bytes = at;
-  layout.slot_bytes = at * shape.kv_heads;
+  layout.head_bytes = layout.k.head_bytes + layout.v.head_bytes;
+  layout.slot_bytes = layout.head_bytes * shape.kv_heads;
   layout.residual_bytes = res_at;
   // Alignment is counted where it is spent: with the summary.
   layout.summary_bytes = layout.head_bytes - layout.base_bytes - layout.plain_bytes;

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -23,40 +24,87 @@ void ByteBudget::charge(int64_t bytes, const char* what) {
 
 void SlotPool::FreeAligned::operator()(uint8_t* p) const { std::free(p); }
 
-SlotPool::SlotPool(std::string name, int64_t slot_bytes, ByteBudget* budget, bool poison)
-    : name_(std::move(name)),
-      slot_bytes_((slot_bytes + kAlignment - 1) / kAlignment * kAlignment),
-      budget_(budget),
-      poison_(poison) {}
+namespace {
+
+// Regions grow with the pool, from this many slots up to this many bytes.
+constexpr int64_t kFirstSlots = 16;
+constexpr int64_t kMaxRegion = int64_t{64} << 20;
+
+// The sanitizer sees an overrun between allocations, not inside one.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kRegions = false;
+#elif defined(__has_feature)
+constexpr bool kRegions = !__has_feature(address_sanitizer);
+#else
+constexpr bool kRegions = true;
+#endif
+
+}  // namespace
+
+SlotPool::SlotPool(SlotPoolOptions options, ByteBudget* budget)
+    : name_(std::move(options.name)),
+      slot_bytes_((options.slot_bytes + kAlignment - 1) / kAlignment * kAlignment),
+      placement_(kRegions ? options.placement : SlotPlacement::single),
+      poison_(options.poison),
+      budget_(budget) {}
+
+bool SlotPool::place_in_region(Slot& slot) {
+  if (regions_.empty() || carved_ + slot_bytes_ > regions_.back().size()) {
+    const int64_t wanted =
+        regions_.empty() ? kFirstSlots * slot_bytes_
+                         : std::max(slot_bytes_, std::min(2 * regions_.back().size(), kMaxRegion));
+    MemoryRegion region(wanted);
+    if (!region) return false;
+    regions_.push_back(std::move(region));
+    carved_ = collapsed_ = 0;
+  }
+  slot.region = static_cast<int32_t>(regions_.size()) - 1;
+  slot.data = regions_.back().data() + carved_;
+  carved_ += slot_bytes_;
+  // Large pages for what is in use from end to end, and never for more.
+  while (collapsed_ + MemoryRegion::kLargePage <= carved_ - slot_bytes_) {
+    regions_.back().collapse(collapsed_);
+    collapsed_ += MemoryRegion::kLargePage;
+  }
+  return true;
+}
+
+bool SlotPool::place(Slot& slot) {
+  if (placement_ == SlotPlacement::region) {
+    if (slot.data == nullptr) return place_in_region(slot);  // as the system gives it: zeros
+  } else if (slot.allocation == nullptr) {
+    slot.allocation.reset(static_cast<uint8_t*>(
+        std::aligned_alloc(static_cast<size_t>(kAlignment), static_cast<size_t>(slot_bytes_))));
+    if (slot.allocation == nullptr) return false;
+    slot.data = slot.allocation.get();
+  }
+  std::memset(slot.data, 0, static_cast<size_t>(slot_bytes_));
+  return true;
+}
 
 int32_t SlotPool::acquire() {
   budget_->charge(slot_bytes_, name_.c_str());
-  auto* memory = static_cast<uint8_t*>(
-      std::aligned_alloc(static_cast<size_t>(kAlignment), static_cast<size_t>(slot_bytes_)));
-  if (memory == nullptr) {
+  const bool fresh = free_ids_.empty();
+  if (fresh && slots_.size() >= static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+    budget_->refund(slot_bytes_);
+    throw Error(ErrorCode::out_of_memory, name_ + ": more pages than a block table can name");
+  }
+  if (fresh) {
+    slots_.emplace_back();
+    free_ids_.reserve(slots_.capacity());  // so that release() never allocates
+  }
+  const int32_t id = fresh ? static_cast<int32_t>(slots_.size()) - 1 : free_ids_.back();
+  Slot& slot = slots_[static_cast<size_t>(id)];
+  if (!place(slot)) {
+    if (fresh) slots_.pop_back();
     budget_->refund(slot_bytes_);
     throw Error(ErrorCode::out_of_memory,
                 fmt::format("no memory for {}: asked for {} bytes, {} are held by this cache; "
                             "shorten the context or choose a policy that stores less",
                             name_, slot_bytes_, budget_->held()));
   }
-  std::memset(memory, 0, static_cast<size_t>(slot_bytes_));
-  int32_t id;
-  if (!free_ids_.empty()) {
-    id = free_ids_.back();
-    free_ids_.pop_back();
-  } else {
-    if (slots_.size() >= static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
-      budget_->refund(slot_bytes_);
-      std::free(memory);
-      throw Error(ErrorCode::out_of_memory, name_ + ": more pages than a block table can name");
-    }
-    id = static_cast<int32_t>(slots_.size());
-    slots_.emplace_back();
-    free_ids_.reserve(slots_.capacity());  // so that release() never allocates
-  }
-  slots_[static_cast<size_t>(id)].memory.reset(memory);
-  slots_[static_cast<size_t>(id)].refs = 1;
+  if (!fresh) free_ids_.pop_back();
+  slot.refs = 1;
   ++used_;
   return id;
 }
@@ -69,9 +117,12 @@ void SlotPool::release(int32_t id) {
   // With poisoning the memory stays mapped and reads as NaN (0xFF bytes), so that a stale block
   // table is seen in results rather than as luck; without, it goes back to the system.
   if (poison_) {
-    std::memset(slot.memory.get(), 0xFF, static_cast<size_t>(slot_bytes_));
+    std::memset(slot.data, 0xFF, static_cast<size_t>(slot_bytes_));
+  } else if (slot.allocation != nullptr) {
+    slot.allocation.reset();
+    slot.data = nullptr;
   } else {
-    slot.memory.reset();
+    regions_[static_cast<size_t>(slot.region)].release(slot.data, slot_bytes_);
   }
   budget_->refund(slot_bytes_);
   --used_;

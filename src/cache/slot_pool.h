@@ -1,12 +1,13 @@
-// Reference-counted slots of one fixed size, each its own allocation, so that what is freed is
-// really returned and usage() can be taken from here. Ids are small integers: they go into
-// block tables.
+// Reference-counted slots of one fixed size. What is freed is really returned, so that usage() can
+// be taken from here. Ids are small integers: they go into block tables.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "base/memory_region.h"
 
 namespace thriftattn {
 
@@ -25,20 +26,35 @@ class ByteBudget {
   int64_t held_ = 0;
 };
 
+// Where slots lie.
+enum class SlotPlacement : uint8_t {
+  // Side by side in large regions, in the order in which they are acquired: what is read in that
+  // order streams, and large pages make it cheap to find.
+  region,
+  // Each its own allocation: for slots that come and go.
+  single,
+};
+
+struct SlotPoolOptions {
+  std::string name;  // for error messages
+  int64_t slot_bytes = 0;
+  SlotPlacement placement = SlotPlacement::single;
+  bool poison = false;  // fill freed slots with NaN patterns, and keep them
+};
+
 class SlotPool {
  public:
   static constexpr int64_t kAlignment = 64;
 
-  // `name` is for error messages. With `poison`, freed slots are filled with NaN patterns.
-  SlotPool(std::string name, int64_t slot_bytes, ByteBudget* budget, bool poison);
+  SlotPool(SlotPoolOptions options, ByteBudget* budget);
 
   int32_t acquire();  // reference count 1; content is zero
   void add_ref(int32_t id);
   void release(int32_t id);
   int32_t refs(int32_t id) const { return slots_[static_cast<size_t>(id)].refs; }
 
-  uint8_t* data(int32_t id) { return slots_[static_cast<size_t>(id)].memory.get(); }
-  const uint8_t* data(int32_t id) const { return slots_[static_cast<size_t>(id)].memory.get(); }
+  uint8_t* data(int32_t id) { return slots_[static_cast<size_t>(id)].data; }
+  const uint8_t* data(int32_t id) const { return slots_[static_cast<size_t>(id)].data; }
 
   int64_t slot_bytes() const { return slot_bytes_; }
   int64_t used() const { return used_; }
@@ -47,18 +63,29 @@ class SlotPool {
   struct FreeAligned {
     void operator()(uint8_t* p) const;
   };
+  using Allocation = std::unique_ptr<uint8_t[], FreeAligned>;
   struct Slot {
-    std::unique_ptr<uint8_t[], FreeAligned> memory;
+    uint8_t* data = nullptr;
+    int32_t region = -1;  // in a region: its place there is the slot's for ever
     int32_t refs = 0;
+    Allocation allocation;  // its own, if it has one
   };
+
+  // A zeroed place for `slot`; false if the system has none.
+  bool place(Slot& slot);
+  bool place_in_region(Slot& slot);
 
   std::string name_;
   int64_t slot_bytes_;
-  ByteBudget* budget_;
+  SlotPlacement placement_;
   bool poison_;
+  ByteBudget* budget_;
   int64_t used_ = 0;
   std::vector<Slot> slots_;
   std::vector<int32_t> free_ids_;
+  std::vector<MemoryRegion> regions_;
+  int64_t carved_ = 0;     // bytes of the last region that are slots
+  int64_t collapsed_ = 0;  // bytes of it that are asked for as large pages
 };
 
 }  // namespace thriftattn

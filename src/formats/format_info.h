@@ -12,7 +12,7 @@
 namespace thriftattn {
 
 // Stored bytes change only together with this number.
-inline constexpr int kPageFormatVersion = 1;
+inline constexpr int kPageFormatVersion = 2;
 
 // FormatInfo::group of a format with one scale for a whole row (a token and head).
 inline constexpr int64_t kGroupRow = -1;

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <string>
 
-#include "attend/decode_tile.h"
+#include "attend/decode_heads.h"
 #include "attend/request.h"
 #include "support/attention_case.h"
 
@@ -18,7 +18,7 @@ using namespace testing;
 
 constexpr double kTight = 2e-5;
 
-// Every query and KV head as a tile of its own.
+// Every query as a tile of its own.
 std::vector<float> decode(AttentionCase& c, int64_t queries, std::vector<float>& lse) {
   std::vector<float> out;
   AttendRequest request = c.request(out);
@@ -26,15 +26,9 @@ std::vector<float> decode(AttentionCase& c, int64_t queries, std::vector<float>&
   request.lse = TensorView<float>::dense(lse.data(), queries, request.q.heads, 1);
   const LayerView view = checked_views(c.cache(), {&request, 1}).front().front();
   ScratchPool scratch;
-  for (int64_t head = 0; head < view.store().shape.kv_heads; ++head) {
-    for (int64_t i = 0; i < queries; ++i) {
-      const TileSpec spec{head, i, 1, view.length() - queries + i};
-      DecodeTile tile(view, request, spec, *decode_kernels_f32(), scratch);
-      for (int64_t s = 0; s < tile.splits(); ++s) tile.score(s);
-      tile.combine();
-      for (int64_t s = 0; s < tile.splits(); ++s) tile.accumulate(s);
-      tile.finish(nullptr);
-    }
+  for (int64_t i = 0; i < queries; ++i) {
+    const TileSpec spec{0, i, 1, view.length() - queries + i};
+    DecodeHeads(view, request, spec, *decode_kernels_f32(), scratch).run(false, nullptr);
   }
   return out;
 }

@@ -67,8 +67,9 @@ std::vector<uint8_t> content(const KvCache& cache, SequenceId seq) {
   const PageLayout& layout = view.store().layout;
   for (int64_t page = 0; page * kPageTokens < view.length(); ++page) {
     for (int64_t h = 0; h < layout.kv_heads; ++h) {
-      if (const uint8_t* head = view.head(page, h)) {
-        bytes.insert(bytes.end(), head, head + layout.head_bytes);
+      if (const PageHead head = view.head(page, h)) {
+        bytes.insert(bytes.end(), head.k, head.k + layout.k.head_bytes);
+        bytes.insert(bytes.end(), head.v, head.v + layout.v.head_bytes);
       }
       if (const uint8_t* res = view.residual(page, h)) {
         bytes.insert(bytes.end(), res, res + layout.residual_bytes);
@@ -146,13 +147,13 @@ TEST(KvCache, SealedPageHoldsBaseResidualAndSummary) {
   const LayerView view = view_of(cache, seq);
   const PageLayout& layout = view.store().layout;
   for (int64_t page : {0, 1}) {
-    const uint8_t* head = view.head(page, 1);
+    const PageHead head = view.head(page, 1);
     std::vector<float> base(64 * 64), res(64 * 64);
     for (bool is_k : {true, false}) {
       const SideLayout& side = is_k ? layout.k : layout.v;
       decode_base(layout, side, head, base.data());
       decode_residual(layout, side, head, view.residual(page, 1), res.data());
-      const auto* mean = reinterpret_cast<const uint16_t*>(head + side.mean);
+      const auto* mean = reinterpret_cast<const uint16_t*>(layout.start(side, head) + side.mean);
       double err_base = 0, err_both = 0, norm = 0;
       for (int64_t d = 0; d < 64; ++d) {
         double sum = 0;
@@ -178,7 +179,7 @@ TEST(KvCache, SealedPageHoldsBaseResidualAndSummary) {
     }
   }
   ASSERT_NE(view.open(2), nullptr);
-  const auto* mean1 = reinterpret_cast<const uint16_t*>(view.head(1, 1) + layout.k.mean);
+  const auto* mean1 = reinterpret_cast<const uint16_t*>(view.head(1, 1).k + layout.k.mean);
   for (size_t d = 0; d < 64; ++d) EXPECT_EQ(view.open(2)->k_reference[64 + d], mean1[d]);
 }
 
@@ -192,7 +193,7 @@ TEST(KvCache, DroppedResidualsFollowSinksAndRecent) {
     // sinks 70 reach into page 1; recent 200 of the next query's 1001 tokens begin at 801.
     const bool kept = page <= 1 || (page + 1) * 64 > 801;
     EXPECT_EQ(view.residual(page, 0) != nullptr, kept) << page;
-    EXPECT_NE(view.head(page, 1), nullptr);
+    EXPECT_TRUE(view.head(page, 1));
   }
 }
 
@@ -205,7 +206,7 @@ TEST(KvCache, WindowFreesPagesBehindIt) {
   for (int64_t at = 0; at < 1000; at += 100) feed(cache, seq, x, at, 100);
   EXPECT_LE(cache.usage().pages, 4);
   const LayerView view = view_of(cache, seq);
-  for (int64_t page = 901 / 64; page < 15; ++page) EXPECT_NE(view.head(page, 0), nullptr);
+  for (int64_t page = 901 / 64; page < 15; ++page) EXPECT_TRUE(view.head(page, 0));
   expect_error(ErrorCode::unsupported, "sliding window", [&] { cache.truncate(seq, 300); });
   EXPECT_EQ(cache.length(seq), 1000);
 }
@@ -267,7 +268,7 @@ TEST(KvCache, TruncateIntoASealedPageReopensIt) {
   std::vector<float> base(64 * 64), res(64 * 64);
   decode_base(layout, layout.v, before.head(2, 0), base.data());
   decode_residual(layout, layout.v, before.head(2, 0), before.residual(2, 0), res.data());
-  const auto* stored = reinterpret_cast<const uint16_t*>(before.head(2, 0) + layout.v.mean);
+  const auto* stored = reinterpret_cast<const uint16_t*>(before.head(2, 0).v + layout.v.mean);
   std::vector<float> mean(64);
   for (size_t d = 0; d < 64; ++d) mean[d] = bf16_to_f32(stored[d]);
 
@@ -275,7 +276,7 @@ TEST(KvCache, TruncateIntoASealedPageReopensIt) {
   EXPECT_EQ(cache.length(seq), 150);
   const LayerView view = view_of(cache, seq);
   ASSERT_NE(view.open(2), nullptr);
-  EXPECT_EQ(view.head(2, 0), nullptr);
+  EXPECT_FALSE(view.head(2, 0));
   for (size_t i = 0; i < 22 * 64; ++i) {
     EXPECT_EQ(view.open(2)->v[i], f32_to_bf16(base[i] + res[i] + mean[i % 64]));
   }
@@ -288,7 +289,7 @@ TEST(KvCache, TruncateIntoASealedPageReopensIt) {
   decode_residual(layout, layout.v, after.head(2, 0), after.residual(2, 0), res2.data());
   for (size_t i = 0; i < 22 * 64; ++i) {
     const float mean2 = bf16_to_f32(
-        reinterpret_cast<const uint16_t*>(after.head(2, 0) + layout.v.mean)[i % 64]);
+        reinterpret_cast<const uint16_t*>(after.head(2, 0).v + layout.v.mean)[i % 64]);
     EXPECT_NEAR(base2[i] + res2[i] + mean2, base[i] + res[i] + mean[i % 64], 0.05);
   }
   cache.truncate(seq, 0);
@@ -368,13 +369,13 @@ TEST(KvCache, EveryLayeredBaseKeepsItsResidual) {
     const PageLayout& layout = view.store().layout;
     EXPECT_EQ(layout.v.rotated, v == Format::int3);
     EXPECT_EQ(layout.residual_bytes, 2 * 64 * (32 + 4));
-    const uint8_t* head = view.head(1, 0);
+    const PageHead head = view.head(1, 0);
     std::vector<float> base(64 * 64), res(64 * 64), want(64 * 64);
     for (bool is_k : {true, false}) {
       const SideLayout& side = is_k ? layout.k : layout.v;
       decode_base(layout, side, head, base.data());
       decode_residual(layout, side, head, view.residual(1, 0), res.data());
-      const auto* mean = reinterpret_cast<const uint16_t*>(head + side.mean);
+      const auto* mean = reinterpret_cast<const uint16_t*>(layout.start(side, head) + side.mean);
       equalize_rotate_rows(rows(is_k ? x.k : x.v, 64, 64).row(0, 0), 2 * 64, 64, 64, nullptr, false,
                            side.rotated, want.data(), 64);
       double err_base = 0, err_both = 0, norm = 0;

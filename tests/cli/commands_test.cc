@@ -189,7 +189,7 @@ TEST_F(CliCommands, Formats) {
   const std::string docs = Sandbox::read(std::string(THRIFTATTN_SOURCE_DIR) + "/docs/formats.md");
   EXPECT_NE(docs.find("\n" + table.out), std::string::npos) << "docs/formats.md has another ladder";
   const json all = json::parse(box_.run({"formats", "-o", "json"}).out);
-  EXPECT_EQ(all["page_format_version"], 1);
+  EXPECT_EQ(all["page_format_version"], 2);
   EXPECT_EQ(all["formats"].size(), 13u);
   std::map<std::string, json> by_name;
   for (const json& row : all["formats"]) {

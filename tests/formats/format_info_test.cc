@@ -27,7 +27,7 @@ TEST(FormatInfo, TableIsInTheOrderOfTheEnum) {
     EXPECT_FALSE(kFormats[i].words.empty());
   }
   EXPECT_EQ(format_info(Format::nvfp4x2).name, "nvfp4x2");
-  EXPECT_EQ(kPageFormatVersion, 1);
+  EXPECT_EQ(kPageFormatVersion, 2);
 }
 
 TEST(FormatInfo, BitsPerElement) {

@@ -84,29 +84,9 @@ void pack_queries(const float* const* rows, int64_t dim, std::byte* packed) {
   }
 }
 
-// ---- scores
+// ---- scores. Four tokens at a time, so that each part of a query is loaded once for the four.
 
-// Two vectors of partial sums, one a token of a pair, of four rows each: after this, 128 bits hold
-// [t0 r0, t1 r0, t0 r1, t1 r1] or the same of rows 2 and 3, still to be added over two quarters.
-inline __m512 reduce_pair(const __m512* t0, const __m512* t1) {
-  __m512 row[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = _mm512_add_ps(_mm512_unpacklo_ps(t0[r], t1[r]), _mm512_unpackhi_ps(t0[r], t1[r]));
-  }
-  __m512 two[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m512d a = _mm512_castps_pd(row[2 * i]), b = _mm512_castps_pd(row[2 * i + 1]);
-    two[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                           _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88),
-                       _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
-}
-
-inline __m512 reduce_pairs(__m512 first, __m512 second) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
-                       _mm512_shuffle_f32x4(first, second, 0xdd));
-}
+constexpr int kTokens = 4;
 
 // A value a row, in the lanes of that row.
 inline __m512 spread_rows(const float* rows) {
@@ -114,81 +94,90 @@ inline __m512 spread_rows(const float* rows) {
   return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(rows)));
 }
 
-// 16 lanes of scales, each twice: lanes 2g and 2g + 1 belong to group g.
-inline __m512 score_scales(const uint8_t* scales, __mmask8 mask) {
-  const __m128i eight = _mm_maskz_loadu_epi8(mask, scales);
-  const __m256i both = _mm256_broadcastsi128_si256(eight);
-  const __m256i pattern =
-      _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
-                       -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
-  return _mm512_cvtph_ps(_mm256_srli_epi16(_mm256_shuffle_epi8(both, pattern), 1));
+// Sums over neighbouring lanes of two tokens: 128 bits hold [a01, a23, b01, b23]. Lanes 4L .. 4L + 3
+// are elements 32 L .. 32 L + 31 of a chunk, so these are the sums over its groups of 16.
+inline __m512 add_neighbours(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
-// A token's codes of one chunk as BF16, and its scales.
-struct ExpandedRow {
-  __m512i k[4];
-  __m512 scale;
+// The scales of two tokens in that order: [a of group 2L, a of 2L + 1, b of 2L, b of 2L + 1].
+inline __m512 pair_scales(const uint8_t* a, const uint8_t* b, __mmask16 mask) {
+  const __m128i both =
+      _mm_unpacklo_epi16(_mm_maskz_loadu_epi8(mask, a), _mm_maskz_loadu_epi8(mask, b));
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
+}
 
-  ExpandedRow(const Nvfp4ConstPlane& plane, int64_t dim, int64_t row, int64_t chunk, __m512i table) {
-    const int64_t n = chunk_elements(dim, chunk);
-    const __m512i words = _mm512_maskz_loadu_epi8(
-        byte_mask(n / 2), plane.codes + row * (dim / 2) + chunk * (kChunk / 2));
-    k[0] = expand<0>(words, table);
-    k[1] = expand<4>(words, table);
-    k[2] = expand<8>(words, table);
-    k[3] = expand<12>(words, table);
-    scale = score_scales(
-        plane.scales + row * (dim / kNvfp4Group) + chunk * (kChunk / kNvfp4Group),
-        static_cast<__mmask8>((1u << (n / kNvfp4Group)) - 1));
+// What is left to add of a block: [row][token pair], as add_neighbours() leaves it. The result is
+// in the order of score_index().
+inline __m512 add_up(const __m512 (*sum)[kTokens / 2]) {
+  __m512 pair[2];
+  for (int p = 0; p < 2; ++p) {
+    const __m512 rows01 = add_neighbours(sum[0][p], sum[1][p]);  // [t0 r0, t1 r0, t0 r1, t1 r1]
+    const __m512 rows23 = add_neighbours(sum[2][p], sum[3][p]);
+    pair[p] = _mm512_add_ps(_mm512_shuffle_f32x4(rows01, rows23, 0x88),
+                            _mm512_shuffle_f32x4(rows01, rows23, 0xdd));
   }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(pair[0], pair[1], 0x88),
+                       _mm512_shuffle_f32x4(pair[0], pair[1], 0xdd));
+}
 
-  // The products of one query row's part, times the scales: 16 lanes still to be added.
-  __m512 times(const uint16_t* q) const {
-    __m512 sum = dot_bf16_pairs(_mm512_setzero_ps(), k[0], _mm512_load_si512(q));
-    sum = dot_bf16_pairs(sum, k[1], _mm512_load_si512(q + 32));
-    sum = dot_bf16_pairs(sum, k[2], _mm512_load_si512(q + 64));
-    sum = dot_bf16_pairs(sum, k[3], _mm512_load_si512(q + 96));
-    return _mm512_mul_ps(sum, scale);
+// The dot products of one query row with four tokens, over a chunk: 16 lanes each to be added.
+struct TokenSums {
+  __m512 x[kTokens];
+
+  TokenSums(const __m512i (*k)[4], const uint16_t* q, int vectors) {
+    for (int i = 0; i < kTokens; ++i) x[i] = _mm512_setzero_ps();
+    for (int v = 0; v < vectors; ++v) {
+      const __m512i part = _mm512_load_si512(q + v * 32);
+      for (int i = 0; i < kTokens; ++i) x[i] = dot_bf16_pairs(x[i], k[i][v], part);
+    }
   }
 };
 
-// kDim: head_dim at compile time; 0 takes any. Two tokens are expanded for all blocks before the
-// next two: with B = 2 the expansion is shared, and everything still fits the 32 registers.
+// kDim: head_dim at compile time; 0 takes any. The codes are expanded once for B blocks: with two,
+// everything just about fits the 32 registers.
 template <int B, int64_t kDim>
 void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_t* q,
                         const float* offset, float* s, bool accumulate, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
   const int64_t chunks = chunks_of(dim), block_q = query_elements(dim);
+  const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
   const __m512i table = value_table();
   const __m512 page_scale = _mm512_set1_ps(k.page_scale * kScaleUnit);
-  for (int64_t t = 0; t < kPageTokens; t += 4) {
-    next.fetch(t, 4);
-    __m512 half[B][2];
-    for (int pair = 0; pair < 2; ++pair) {
-      const ExpandedRow first(k, dim, t + pair * 2, 0, table);
-      const ExpandedRow second(k, dim, t + pair * 2 + 1, 0, table);
-      for (int b = 0; b < B; ++b) {
-        __m512 acc[2][kRows];
-        for (int r = 0; r < kRows; ++r) {
-          acc[0][r] = first.times(q + b * block_q + r * kQueryRow);
-          acc[1][r] = second.times(q + b * block_q + r * kQueryRow);
+  for (int64_t t = 0; t < kPageTokens; t += kTokens) {
+    next.fetch(t, kTokens);
+    __m512 sum[B * kRows][kTokens / 2];
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t n = chunk_elements(dim, c);
+      const __mmask64 mask = byte_mask(n / 2);
+      const uint8_t* codes = k.codes + t * row_bytes + c * (kChunk / 2);
+      __m512i x[kTokens][4];
+      for (int i = 0; i < kTokens; ++i) {
+        const __m512i words = _mm512_maskz_loadu_epi8(mask, codes + i * row_bytes);
+        x[i][0] = expand<0>(words, table);
+        x[i][1] = expand<4>(words, table);
+        x[i][2] = expand<8>(words, table);
+        x[i][3] = expand<12>(words, table);
+      }
+      const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
+      const uint8_t* scales = k.scales + t * row_scales + c * (kChunk / kNvfp4Group);
+      const __m512 scale[2] = {
+          pair_scales(scales, scales + row_scales, scale_mask),
+          pair_scales(scales + 2 * row_scales, scales + 3 * row_scales, scale_mask)};
+      for (int r = 0; r < B * kRows; ++r) {
+        const TokenSums dots(
+            x, q + r / kRows * block_q + c * kQueryChunk + r % kRows * kQueryRow, 4);
+        for (int p = 0; p < 2; ++p) {
+          const __m512 groups = add_neighbours(dots.x[2 * p], dots.x[2 * p + 1]);
+          sum[r][p] = c == 0 ? _mm512_mul_ps(groups, scale[p])
+                             : _mm512_fmadd_ps(groups, scale[p], sum[r][p]);
         }
-        for (int64_t c = 1; c < chunks; ++c) {
-          for (int i = 0; i < 2; ++i) {
-            const ExpandedRow more(k, dim, t + pair * 2 + i, c, table);
-            for (int r = 0; r < kRows; ++r) {
-              acc[i][r] = _mm512_add_ps(
-                  acc[i][r], more.times(q + b * block_q + c * kQueryChunk + r * kQueryRow));
-            }
-          }
-        }
-        half[b][pair] = reduce_pair(acc[0], acc[1]);
       }
     }
     for (int b = 0; b < B; ++b) {
       float* out = s + b * kBlockScores + t * kRows;
       const __m512 start = accumulate ? _mm512_load_ps(out) : spread_rows(offset + b * kRows);
-      _mm512_store_ps(out, _mm512_fmadd_ps(reduce_pairs(half[b][0], half[b][1]), page_scale, start));
+      _mm512_store_ps(out, _mm512_fmadd_ps(add_up(sum + b * kRows), page_scale, start));
     }
   }
 }
@@ -225,39 +214,41 @@ template <int64_t kDim>
 void score_bf16_block(const Bf16Rows& k, int64_t any_dim, const uint16_t* q, const float* offset,
                       float* s, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
-  const int64_t vectors = (dim + 31) / 32;
-  for (int64_t t = 0; t < kPageTokens; t += 4) {
-    next.fetch(t, 4);
-    __m512 half[2];
-    for (int pair = 0; pair < 2; ++pair) {
-      __m512 acc[2][kRows] = {};
-      for (int i = 0; i < 2; ++i) {
-        const int64_t row = t + pair * 2 + i;
-        if (row >= k.tokens) continue;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t left = dim - v * 32;
+  const __m512 start = spread_rows(offset);
+  for (int64_t t = 0; t < kPageTokens; t += kTokens) {
+    next.fetch(t, kTokens);
+    __m512 sum[kRows][kTokens / 2];
+    for (int64_t c = 0; c < chunks_of(dim); ++c) {
+      const int64_t n = chunk_elements(dim, c);
+      const int vectors = static_cast<int>((n + 31) / 32);
+      __m512i x[kTokens][4];
+      for (int i = 0; i < kTokens; ++i) {
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t left = t + i < k.tokens ? n - v * 32 : 0;
           const auto mask = static_cast<__mmask32>(left >= 32 ? ~0u : (1u << left) - 1);
-          const __m512i x = _mm512_maskz_loadu_epi16(mask, k.data + row * k.stride + v * 32);
-          const uint16_t* at = q + v / 4 * kQueryChunk + kQueryLayout + v % 4 * 32;
-          for (int r = 0; r < kRows; ++r) {
-            acc[i][r] = dot_bf16_pairs(acc[i][r], x, _mm512_load_si512(at + r * kQueryRow));
-          }
+          x[i][v] =
+              _mm512_maskz_loadu_epi16(mask, k.data + (t + i) * k.stride + c * kChunk + v * 32);
         }
       }
-      half[pair] = reduce_pair(acc[0], acc[1]);
+      for (int r = 0; r < kRows; ++r) {
+        const TokenSums dots(x, q + c * kQueryChunk + kQueryLayout + r * kQueryRow, vectors);
+        for (int p = 0; p < 2; ++p) {
+          const __m512 pair = add_neighbours(dots.x[2 * p], dots.x[2 * p + 1]);
+          sum[r][p] = c == 0 ? pair : _mm512_add_ps(sum[r][p], pair);
+        }
+      }
     }
-    _mm512_store_ps(s + t * kRows,
-                    _mm512_add_ps(reduce_pairs(half[0], half[1]), spread_rows(offset)));
+    _mm512_store_ps(s + t * kRows, _mm512_add_ps(add_up(sum), start));
   }
 }
 
 void score_bf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
                 const float* offset, float* s, const NextRows& next) {
   const auto* packed = reinterpret_cast<const uint16_t*>(q);
+  const auto score = dim == 64    ? score_bf16_block<64>
+                     : dim == 128 ? score_bf16_block<128>
+                                  : score_bf16_block<0>;
   for (int64_t b = 0; b < blocks; ++b) {
-    const auto score = dim == 64    ? score_bf16_block<64>
-                       : dim == 128 ? score_bf16_block<128>
-                                    : score_bf16_block<0>;
     score(k, dim, packed + b * query_elements(dim), offset + b * kRows, s + b * kBlockScores,
           b == 0 ? next : NextRows{});
   }
@@ -462,12 +453,15 @@ void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, cons
       const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
                                              _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
       const __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
-      for (int r = 0; r < kRows; ++r) {
-        double pair;
-        std::memcpy(&pair, scaled + j * 8 + r * 2, sizeof pair);
-        const __m512 w = _mm512_mul_ps(scale, _mm512_castpd_ps(_mm512_set1_pd(pair)));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(weights + (j * kRows + r) * 16),
-                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
+      for (int r = 0; r < kRows; r += 2) {
+        __m512 w[2];
+        for (int i = 0; i < 2; ++i) {
+          double pair;
+          std::memcpy(&pair, scaled + j * 8 + (r + i) * 2, sizeof pair);
+          w[i] = _mm512_mul_ps(scale, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+        }
+        _mm512_store_si512(weights + (j * kRows + r) * 16,
+                           reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(w[1], w[0])));
       }
     }
     float* at = acc + c * kAccChunk;

@@ -44,6 +44,7 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
   layered_ = store_.layout.any_layered();
 
   const auto states = static_cast<size_t>(pages() * blocks_ * kRowBlock);
+  v_scale_.assign(static_cast<size_t>(pages()), 1.0f);
   m_.resize(states);
   l_.resize(states);
   mass_.resize(states);
@@ -116,10 +117,10 @@ Bf16Rows DecodeTile::bf16_rows(const SideLayout& side, const Page& page) const {
 
 Nvfp4ConstPlane DecodeTile::base_plane(const SideLayout& side, const Page& page) const {
   const PageHead head = view_.head(page.index, spec_.kv_head);
-  const PageMeta& meta = page_meta(store_.layout, head);
   const uint8_t* start = store_.layout.start(side, head);
   return {start + side.codes, start + side.scales,
-          &side == &store_.layout.k ? meta.k_scale : meta.v_scale};
+          &side == &store_.layout.k ? page_meta(store_.layout, head).k_scale
+                                    : v_scale_[static_cast<size_t>(page.index - page_begin_)]};
 }
 
 Nvfp4ConstPlane DecodeTile::residual_plane(const SideLayout& side, const Page& page) const {
@@ -197,6 +198,10 @@ void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* 
 
 void DecodeTile::score_page(int64_t index, const NextRows& next) {
   const Page p = page(index);
+  if (layered_ && p.sealed) {
+    v_scale_[static_cast<size_t>(index - page_begin_)] =
+        page_meta(store_.layout, view_.head(index, spec_.kv_head)).v_scale;
+  }
   alignas(64) float s[kMaxBlocks * kBlockScores];
   score(p, 0, blocks_, s, next);
   for (int64_t b = 0; b < blocks_; ++b) {

@@ -107,6 +107,7 @@ class DecodeTile {
   std::vector<float> queries_;  // [blocks * 4][dim] FP32, transformed and scaled
   AlignedBuffer<std::byte> packed_;
   Weights weights_;                          // exp(s - m) of each page
+  std::vector<float> v_scale_;               // [pages]: kept from phase 1, which has the line
   std::vector<float> m_, l_;                 // [block][pages][4]: each page's own state
   std::vector<float> mass_, factor_;         // [block][pages][4], relative to lse_
   std::vector<float> final_mass_;            // [block][pages][4]: after promotion

@@ -30,21 +30,12 @@ namespace {
 constexpr int64_t kFirstSlots = 16;
 constexpr int64_t kMaxRegion = int64_t{64} << 20;
 
-// The sanitizer sees an overrun between allocations, not inside one.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kRegions = false;
-#elif defined(__has_feature)
-constexpr bool kRegions = !__has_feature(address_sanitizer);
-#else
-constexpr bool kRegions = true;
-#endif
-
 }  // namespace
 
 SlotPool::SlotPool(SlotPoolOptions options, ByteBudget* budget)
     : name_(std::move(options.name)),
       slot_bytes_((options.slot_bytes + kAlignment - 1) / kAlignment * kAlignment),
-      placement_(kRegions ? options.placement : SlotPlacement::single),
+      placement_(kSlotRegions ? options.placement : SlotPlacement::single),
       poison_(options.poison),
       budget_(budget) {}
 

@@ -26,6 +26,15 @@ class ByteBudget {
   int64_t held_ = 0;
 };
 
+// The address sanitizer sees an overrun between allocations, not inside one: no regions for it.
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSlotRegions = false;
+#elif defined(__has_feature)
+inline constexpr bool kSlotRegions = !__has_feature(address_sanitizer);
+#else
+inline constexpr bool kSlotRegions = true;
+#endif
+
 // Where slots lie.
 enum class SlotPlacement : uint8_t {
   // Side by side in large regions, in the order in which they are acquired: what is read in that

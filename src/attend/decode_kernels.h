@@ -39,8 +39,8 @@ struct BlockMask {
 };
 
 // What the next call will read: 64 rows of `row_bytes` each (codes, or 16-bit values) and their
-// scales, fetched into the caches row by row meanwhile. A page lies elsewhere than the one before,
-// so the hardware cannot guess it. Null = nothing.
+// scales, fetched into the caches row by row meanwhile: the hardware does not look beyond the
+// system's page. Null = nothing.
 struct NextRows {
   const uint8_t* rows = nullptr;
   int64_t row_bytes = 0;
@@ -52,11 +52,11 @@ struct NextRows {
 
   // The part that belongs to rows [row, row + count).
   void fetch(int64_t row, int64_t count) const {
-    if (rows == nullptr) return;
     if (row == 0) {
-      for (int64_t at = 0; at < mean_bytes; at += 64) prefetch_l2(mean + at);
-      prefetch_l2(meta);
+      prefetch_lines(mean, mean_bytes);
+      if (meta != nullptr) prefetch_l2(meta);
     }
+    if (rows == nullptr) return;
     for (int64_t at = row * row_bytes; at < (row + count) * row_bytes; at += 64) {
       prefetch_l2(rows + at);
     }
@@ -65,6 +65,7 @@ struct NextRows {
       prefetch_l2(scales + i * 64);
     }
   }
+  void fetch_all() const { fetch(0, kPageTokens); }
 };
 
 struct DecodeKernels {

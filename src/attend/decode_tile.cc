@@ -338,6 +338,7 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const
       const uint8_t* start = view_.start(side, page.index, spec_.kv_head);
       kernels_.add_mean(reinterpret_cast<const uint16_t*>(start + side.mean), side.dim,
                         &final_mass_[at], acc);
+      if (!any && b == 0) next.fetch_all();
       if (any) {
         kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, acc,
                              b == 0 ? next : NextRows{});
@@ -377,8 +378,11 @@ NextRows DecodeTile::keys_to_come(int64_t index) const {
 }
 
 NextRows DecodeTile::values_to_come(int64_t index) const {
-  if (index >= page_end_ || !reads_values(index)) return {};
-  return rows_to_come(store_.layout.v, index);
+  if (index >= page_end_) return {};
+  NextRows next = rows_to_come(store_.layout.v, index);
+  next.meta = nullptr;  // its scale is kept
+  if (!reads_values(index)) next.rows = nullptr;
+  return next;
 }
 
 void DecodeTile::write_output() {

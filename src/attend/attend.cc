@@ -84,14 +84,12 @@ void add_tasks(const LayerView& view, const AttendRequest& request, ScratchPool&
       return;
     }
   }
-  const DecodeKernels* kernels = nullptr;
-  if (fast) kernels = decode_kernels_bf16() != nullptr ? decode_kernels_bf16() : decode_kernels_f32();
-  if (kernels != nullptr && request.config.mode == AttendMode::decode &&
-      DecodeTile::supports(view.store())) {
+  if (fast && request.config.mode == AttendMode::decode && DecodeTile::supports(view.store())) {
+    const DecodeKernels& kernels = DecodeTile::kernels_for(view.store());
     for (const TileSpec& spec : make_tiles(view, request, kDecodeRows)) {
       if (spec.kv_head != 0) break;  // the first head's tiles come first: one of each position
-      tasks.push_back([&view, &request, &scratch, kernels, spec, few](AttendStats* stats) {
-        DecodeHeads(view, request, spec, *kernels, scratch).run(few, stats);
+      tasks.push_back([&view, &request, &scratch, &kernels, spec, few](AttendStats* stats) {
+        DecodeHeads(view, request, spec, kernels, scratch).run(few, stats);
       });
     }
     return;

@@ -13,7 +13,6 @@
 #include "formats/row_codec.h"
 #include "precision/block_score.h"
 #include "precision/budget_rule.h"
-#include "precision/mass_cap.h"
 
 namespace thriftattn {
 namespace {
@@ -54,17 +53,13 @@ AttendTile::AttendTile(const LayerView& view, const AttendRequest& request, cons
       request_(request),
       store_(view.store()),
       visible_(view, request),
-      spec_(spec) {
+      spec_(spec),
+      range_(visible_, spec) {
   group_ = store_.shape.q_heads / store_.shape.kv_heads;
   rows_ = spec.positions * group_;
   cols_ = round_up(rows_, tile_lanes());
-  page_begin_ = visible_.begin(spec.first_token) / kPageTokens;
-  page_end_ = (visible_.end(spec.first_token) - 1) / kPageTokens + 1;
-  open_from_ = visible_.open_from(spec.first_token);
-  split_begin_ = page_begin_ / kSplitPages;
-  split_end_ = (page_end_ - 1) / kSplitPages + 1;
 
-  const int64_t pages = page_end_ - page_begin_;
+  const int64_t pages = range_.pages();
   scores_ = buffer(pages * kPageTokens * cols_);
   reads_.assign(static_cast<size_t>(pages * spec.positions), PageRead::base);
   page_mass_.assign(static_cast<size_t>(pages * cols_), 0.0f);
@@ -84,14 +79,6 @@ AttendTile::AttendTile(const LayerView& view, const AttendRequest& request, cons
   }
   states_.resize(static_cast<size_t>(splits()));
   load_queries();
-}
-
-int64_t AttendTile::page_first(int64_t split) const {
-  return std::max(page_begin_, (split_begin_ + split) * kSplitPages);
-}
-
-int64_t AttendTile::page_last(int64_t split) const {
-  return std::min(page_end_, (split_begin_ + split + 1) * kSplitPages);
 }
 
 int64_t AttendTile::page_tokens(int64_t page) const {
@@ -196,7 +183,7 @@ void AttendTile::score(int64_t split) {
   std::vector<float> k(static_cast<size_t>(kPageTokens * dim)), offset, q_offset(static_cast<size_t>(cols_));
   std::vector<float> capped, residual, full;
   const bool oracle = !page_lse_full_.empty();
-  for (int64_t page = page_first(split); page < page_last(split); ++page) {
+  for (int64_t page = range_.first(split); page < range_.last(split); ++page) {
     float* s = scores(page);
     load_values(store_.layout.k, page, k.data());
     load_k_offset(page, offset);
@@ -207,7 +194,7 @@ void AttendTile::score(int64_t split) {
     tile_matmul({.a = k.data(), .a_row = dim, .a_k = 1, .b = queries_.get(), .ldb = cols_, .c = s,
                  .ldc = cols_, .m = page_tokens(page), .n = cols_, .k = dim, .accumulate = true});
     mask(page, s);
-    const int64_t at = (page - page_begin_) * cols_;
+    const int64_t at = (page - range_.begin) * cols_;
     if (!page_score_.empty()) {
       block_scores(store_.policy.score, {k.data(), page_tokens(page), dim, page},
                    {queries_.get(), cols_, q_offset.data()}, &page_score_[static_cast<size_t>(at)]);
@@ -242,7 +229,7 @@ void AttendTile::score(int64_t split) {
 // enough for both, so that the scores are exponentiated once here and once for P.
 void AttendTile::combine() {
   if (!needs_mass_) return;
-  const int64_t pages = page_end_ - page_begin_;
+  const int64_t pages = range_.pages();
   for (int64_t c = 0; c < rows_; ++c) {
     SoftmaxScalar total;
     if (const float* sink_logit = sink(c % group_)) total = {*sink_logit, 1.0f};
@@ -258,12 +245,12 @@ void AttendTile::combine() {
   }
   if (store_.policy.rule == PromoteRule::budget) choose_by_budget();
   if (store_.policy.max_promoted < 1) apply_cap();
-  for (int64_t page = page_begin_; page < std::min(open_from_, page_end_); ++page) decide(page);
+  for (int64_t page = range_.begin; page < range_.sealed_end(); ++page) decide(page);
 }
 
 // The pages promoted for each position by a score known before attention.
 void AttendTile::choose_by_budget() {
-  const int64_t pages = page_end_ - page_begin_;
+  const int64_t pages = range_.pages();
   const LayerPolicy& policy = store_.policy;
   budget_choice_.assign(static_cast<size_t>(pages * spec_.positions), 0);
   std::vector<float> score(static_cast<size_t>(pages));
@@ -281,7 +268,7 @@ void AttendTile::choose_by_budget() {
       }
     }
     for (int64_t p = 0; p < pages; ++p) {
-      const int64_t page = page_begin_ + p;
+      const int64_t page = range_.begin + p;
       const bool sinks = page * kPageTokens < policy.sinks;
       const bool recent = policy.recent > 0 && (page + 1) * kPageTokens > visible - policy.recent;
       // What is behind this position's window is a page of other positions of the tile only.
@@ -312,7 +299,7 @@ void AttendTile::choose_by_budget() {
 
 // The mass that decides: the largest over the query heads of the group.
 float AttendTile::top_mass(int64_t page, int64_t i) const {
-  const float* mass = &page_mass_[static_cast<size_t>((page - page_begin_) * cols_)];
+  const float* mass = &page_mass_[static_cast<size_t>((page - range_.begin) * cols_)];
   float top = 0;
   for (int64_t g = 0; g < group_; ++g) top = std::max(top, mass[i * group_ + g]);
   return top;
@@ -323,21 +310,13 @@ PageFacts AttendTile::facts(int64_t page, int64_t i) const {
                     store_.shape.window, view_.residual(page, spec_.kv_head) != nullptr);
 }
 
-// Raises a position's threshold where more pages than the cap allows would be promoted. Pages
-// that are read with their residual anyway count neither way.
 void AttendTile::apply_cap() {
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    std::vector<float> masses;
-    const int64_t sealed_end = std::min(open_from_, page_end_);
-    // Behind the first position's window a later one sees less.
-    const int64_t first = visible_.begin(spec_.first_token + i) / kPageTokens;
-    for (int64_t page = first; page < sealed_end; ++page) {
-      const PageFacts f = facts(page, i);
-      if (f.has_residual && !f.forced_full) masses.push_back(top_mass(page, i));
-    }
-    const int64_t cap = promotion_cap(store_.policy.max_promoted, sealed_end - first);
     float& promote = promote_[static_cast<size_t>(i)];
-    promote = capped_promote(std::move(masses), promote, cap);
+    promote = promote_under_cap(
+        range_, visible_.begin(spec_.first_token + i) / kPageTokens, promote,
+        store_.policy.max_promoted, [&](int64_t page) { return facts(page, i); },
+        [&](int64_t page) { return top_mass(page, i); });
   }
 }
 
@@ -351,7 +330,7 @@ void AttendTile::decide(int64_t page) {
       rule.promote = 1.0f;
       facts.forced_full |=
           facts.has_residual &&
-          budget_choice_[static_cast<size_t>(i * (page_end_ - page_begin_) + page - page_begin_)];
+          budget_choice_[static_cast<size_t>(i * (range_.pages()) + page - range_.begin)];
     }
     read(page, i) = read_by_mass(rule, facts, top_mass(page, i));
   }
@@ -393,7 +372,7 @@ void AttendTile::accumulate(int64_t split) {
   state.o = buffer(cols_ * dim_v);
   std::fill_n(state.o.get(), cols_ * dim_v, 0.0f);
   std::vector<float> scratch(static_cast<size_t>(kPageTokens * std::max(dim_k, dim_v)));
-  for (int64_t page = page_first(split); page < page_last(split); ++page) {
+  for (int64_t page = range_.first(split); page < range_.last(split); ++page) {
     float* s = scores(page);
     const ScoreBlock block{s, kPageTokens, cols_};
     if (needs_mass_ && is_sealed(page) && store_.layout.k.layered) {
@@ -410,8 +389,8 @@ void AttendTile::accumulate(int64_t split) {
     }
     tile_max_update(block, state.m.data());
   }
-  for (int64_t page = page_first(split); page < page_last(split); ++page) {
-    float* sum = &page_sum_[static_cast<size_t>((page - page_begin_) * cols_)];
+  for (int64_t page = range_.first(split); page < range_.last(split); ++page) {
+    float* sum = &page_sum_[static_cast<size_t>((page - range_.begin) * cols_)];
     const ScoreBlock block{scores(page), kPageTokens, cols_};
     tile_exp_sum(block, state.m.data(), sum);
     for (int64_t c = 0; c < cols_; ++c) state.l[static_cast<size_t>(c)] += sum[c];
@@ -492,7 +471,7 @@ void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
     const int64_t position = spec_.first_token + i;
     const int64_t first = visible_.begin(position), end = visible_.end(position);
     RowStats row_stats(stats, store_.layout, store_.policy.promote);
-    for (int64_t page = page_begin_; page < page_end_; ++page) {
+    for (int64_t page = range_.begin; page < range_.end; ++page) {
       const int64_t begin = std::max(first, page * kPageTokens);
       const int64_t tokens = std::min(end, (page + 1) * kPageTokens) - begin;
       if (tokens <= 0) continue;
@@ -502,10 +481,10 @@ void AttendTile::add_stats(AttendStats& stats, const std::vector<float>& lse) {
       }
       const PageRead how = read_as(page, i);
       row_stats.add_page(how, tokens);
-      const SplitState& state = states_[static_cast<size_t>(page / kSplitPages - split_begin_)];
+      const SplitState& state = states_[static_cast<size_t>(page / kSplitPages - range_.first_split())];
       for (int64_t g = 0; g < group_; ++g) {
         const size_t c = static_cast<size_t>(i * group_ + g);
-        const size_t at = static_cast<size_t>((page - page_begin_) * cols_) + c;
+        const size_t at = static_cast<size_t>((page - range_.begin) * cols_) + c;
         row_stats.add_mass(how, page_mass_[at],
                            page_sum_[at] *
                                static_cast<double>(softmax_rescale(state.m[c], lse[c])));

@@ -11,28 +11,17 @@
 #include "attend/request.h"
 #include "attend/softmax_state.h"
 #include "attend/tile_kernels.h"
+#include "attend/tile_pages.h"
 #include "cache/kv_cache_impl.h"
-#include "precision/mass_rule.h"
 #include "thriftattn/attention.h"
 
 namespace thriftattn {
-
-// Pages per split: a constant of the absolute page index, so that results depend neither on
-// the number of threads nor on what else is attended.
-inline constexpr int64_t kSplitPages = 32;
-
-struct TileSpec {
-  int64_t kv_head = 0;
-  int64_t first_query = 0;  // index into the request's q
-  int64_t positions = 0;    // consecutive tokens, all in one page
-  int64_t first_token = 0;  // token index of first_query
-};
 
 class AttendTile {
  public:
   AttendTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec);
 
-  int64_t splits() const { return split_end_ - split_begin_; }
+  int64_t splits() const { return range_.splits(); }
   void score(int64_t split);       // phase 1, independent across splits
   void combine();                  // after every score()
   void accumulate(int64_t split);  // phase 2, independent across splits
@@ -46,13 +35,11 @@ class AttendTile {
     Buffer o;                 // [cols][head_dim_v]
   };
 
-  int64_t page_first(int64_t split) const;
-  int64_t page_last(int64_t split) const;
-  bool is_sealed(int64_t page) const { return page < open_from_; }
+  bool is_sealed(int64_t page) const { return page < range_.open_from; }
   int64_t page_tokens(int64_t page) const;  // tokens of the page held so far
-  float* scores(int64_t page) { return scores_.get() + (page - page_begin_) * kPageTokens * cols_; }
+  float* scores(int64_t page) { return scores_.get() + (page - range_.begin) * kPageTokens * cols_; }
   PageRead& read(int64_t page, int64_t i) {
-    return reads_[static_cast<size_t>((page - page_begin_) * spec_.positions + i)];
+    return reads_[static_cast<size_t>((page - range_.begin) * spec_.positions + i)];
   }
   // The layer's query head of a group's head: the index into q, out, lse and sink_logits.
   int64_t q_head(int64_t group_head) const {
@@ -84,8 +71,7 @@ class AttendTile {
   Visibility visible_;
   TileSpec spec_;
   int64_t group_, rows_, cols_;  // rows = positions * group; cols = rows padded to lanes
-  int64_t page_begin_, page_end_, open_from_;
-  int64_t split_begin_, split_end_;
+  PageRange range_;
   Buffer queries_;  // [head_dim_k][cols], transformed as K is, times softmax_scale
   Buffer scores_;   // [pages][64][cols], before the softcap
   std::vector<PageRead> reads_;        // [pages][positions]

@@ -1,10 +1,22 @@
-// What the AVX-512 files share, to be included between their target pragmas.
+// What the AVX-512 files share.
 #pragma once
 
 #include <immintrin.h>
 
+#include <cstdint>
+
+#include "attend/avx512_target.h"
+
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_BF16)
+
 namespace thriftattn {
 namespace {
+
+// The first n lanes, or all.
+inline __mmask16 lane_mask(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1);
+}
+inline __mmask64 byte_mask(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 inline __m512 dot_bf16_pairs(__m512 acc, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -36,3 +48,5 @@ inline __m512 exp_difference(__m512 s, __m512 ref) {
 
 }  // namespace
 }  // namespace thriftattn
+
+THRIFTATTN_END_TARGET

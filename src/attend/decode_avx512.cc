@@ -19,17 +19,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attend/avx512_math.h"
 #include "base/cpu_info.h"
 #include "base/float_convert.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,bmi2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,bmi2,fma,f16c")
-#endif
-#include "attend/avx512_math.h"
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_BF16)
 
 namespace thriftattn {
 namespace {
@@ -50,9 +44,6 @@ alignas(64) constexpr uint16_t kE2m1Bf16[32] = {
     0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
     0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
 inline __m512i value_table() { return _mm512_load_si512(kE2m1Bf16); }
-
-inline __mmask64 byte_mask(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
-
 
 template <int kShift>
 inline __m512i expand(__m512i words, __m512i table) {
@@ -254,13 +245,34 @@ void score_bf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t bloc
   }
 }
 
+inline Bf16Rows bf16_rows(const ExpandedRows& rows, int64_t dim) {
+  return {.data = reinterpret_cast<const uint16_t*>(rows.values),
+          .stride = expanded_bf16_stride(dim),
+          .tokens = rows.tokens};
+}
+
+// Tokens t .. t + 3, each in the lanes of its scores.
+inline __m512 spread_tokens(const float* of_tokens) {
+  const __m512i index = _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+  return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_load_ps(of_tokens)));
+}
+
+void score_expanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
+                    const float* offset, float* s) {
+  static constexpr float kNone[kMaxBlocks * kRows] = {};
+  score_bf16(bf16_rows(k, dim), dim, q, blocks, kNone, s, {});
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512 start = spread_rows(offset + b * kRows);
+    for (int64_t t = 0; t < kPageTokens; t += 4) {
+      float* at = s + b * kBlockScores + t * kRows;
+      _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), spread_tokens(k.scale + t), start));
+    }
+  }
+}
+
 inline __m512 widen(const uint16_t* v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))), 16));
-}
-
-inline __mmask16 lane_mask(int64_t left) {
-  return static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1);
 }
 
 // dim is a multiple of 16.
@@ -504,14 +516,17 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
   }
 }
 
-void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
-                float* acc, const NextRows& next) {
+// P of pairs of tokens in BF16, times the factor of its row and of its token.
+template <bool kTokenScales>
+void weigh_rows(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
+                const float* token_scales, float* acc, const NextRows& next) {
   alignas(64) uint32_t weights[kPairs * kRows];
   const __m512 f = spread_rows(factor);
   for (int64_t i = 0; i < kBlockScores; i += 16) {
-    _mm256_store_si256(
-        reinterpret_cast<__m256i*>(weights + i / 2),
-        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(load_weights(p, i), f))));
+    __m512 w = _mm512_mul_ps(load_weights(p, i), f);
+    if constexpr (kTokenScales) w = _mm512_mul_ps(w, spread_tokens(token_scales + i / kRows));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i / 2),
+                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(w)));
   }
   for (int64_t c = 0; c < chunks_of(dim); ++c) {
     float* at = acc + bf16_accumulators(dim) + c * kAccChunk;
@@ -519,6 +534,16 @@ void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float*
     weigh_bf16_half<false>(v, c * kChunk, n, weights, at, c == 0 ? next : NextRows{});
     weigh_bf16_half<true>(v, c * kChunk, n, weights, at + kAccHalf, {});
   }
+}
+
+void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
+                float* acc, const NextRows& next) {
+  weigh_rows<false>(v, dim, p, factor, nullptr, acc, next);
+}
+
+void weigh_expanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
+                    float* acc) {
+  weigh_rows<true>(bf16_rows(v, dim), dim, p, factor, v.scale, acc, {});
 }
 
 void add_mean(const uint16_t* mean, int64_t dim, const float* weight, float* acc) {
@@ -555,6 +580,8 @@ constexpr DecodeKernels kKernels = {
     .pack_queries = pack_queries,
     .score_nvfp4 = score_nvfp4,
     .score_bf16 = score_bf16,
+    .expand = expand_rows_bf16,
+    .score_expanded = score_expanded,
     .dot_bf16 = dot_bf16,
     .page_softmax = page_softmax,
     .weights_bytes = kWeightsBytes,
@@ -564,6 +591,7 @@ constexpr DecodeKernels kKernels = {
     .accumulator_floats = accumulator_floats,
     .weigh_nvfp4 = weigh_nvfp4,
     .weigh_bf16 = weigh_bf16,
+    .weigh_expanded = weigh_expanded,
     .add_mean = add_mean,
     .add_row = add_row,
 };
@@ -571,11 +599,7 @@ constexpr DecodeKernels kKernels = {
 }  // namespace
 }  // namespace thriftattn
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+THRIFTATTN_END_TARGET
 
 namespace thriftattn {
 

@@ -3,7 +3,7 @@
 // nibbles come out of the bytes; the queries are packed in that order, so nothing is interleaved.
 //
 // Accumulators of a block: [row][dim] in the order of the codes, then [row][dim] in natural order
-// (BF16 rows and means).
+// (BF16 and FP32 rows, means).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -134,9 +134,23 @@ HWY_INLINE V Widen(const uint16_t* p) {
   return hn::BitCast(F(), hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, p))));
 }
 
+HWY_INLINE V Widen(const float* p) { return hn::LoadU(F(), p); }
+
+// Rows in natural order, BF16 or FP32.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride, tokens;
+};
+
+HWY_INLINE Rows<float> RowsOf(const ExpandedRows& rows, int64_t dim) {
+  return {reinterpret_cast<const float*>(rows.values), dim, rows.tokens};
+}
+
 // dim is a multiple of 16, so of the lanes too.
-void ScoreBf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
-               const float* offset, float* s, const NextRows& next) {
+template <typename T>
+HWY_INLINE void ScoreRows(const Rows<T>& k, int64_t dim, const std::byte* q, int64_t blocks,
+                          const float* offset, float* s, const NextRows& next) {
   const F d;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* query = reinterpret_cast<const float*>(q + b * QueryBytes(dim)) + kRows * dim;
@@ -158,6 +172,16 @@ void ScoreBf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t block
       }
     }
   }
+}
+
+void ScoreBf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
+               const float* offset, float* s, const NextRows& next) {
+  ScoreRows<uint16_t>({k.data, k.stride, k.tokens}, dim, q, blocks, offset, s, next);
+}
+
+void ScoreExpanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
+                   const float* offset, float* s) {
+  ScoreRows(RowsOf(k, dim), dim, q, blocks, offset, s, {});
 }
 
 void DotBf16(const uint16_t* v, int64_t dim, const float* rows, float* out) {
@@ -310,11 +334,18 @@ void WeighNvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const
   }
 }
 
-void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor, float* acc,
-               const NextRows& next) {
+template <typename T>
+HWY_INLINE void WeighRows(const Rows<T>& v, int64_t dim, const std::byte* p, const float* factor,
+                          float* acc, const NextRows& next) {
   const F d;
   const auto* weights = reinterpret_cast<const float*>(p);
   float* out = acc + kRows * dim;
+  float scaled[kRows][kPageTokens];
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      scaled[r][t] = weights[score_index(t, r)] * factor[r];
+    }
+  }
   for (int64_t i = 0; i < dim; i += 2 * kLanes) {
     V sum[kRows][2];
     for (int64_t r = 0; r < kRows; ++r) {
@@ -324,7 +355,7 @@ void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* 
       if (i == 0) next.fetch(t, 1);
       const V x[2] = {Widen(v.data + t * v.stride + i), Widen(v.data + t * v.stride + i + kLanes)};
       for (int64_t r = 0; r < kRows; ++r) {
-        const V w = hn::Set(d, weights[score_index(t, r)] * factor[r]);
+        const V w = hn::Set(d, scaled[r][t]);
         for (int j = 0; j < 2; ++j) sum[r][j] = hn::MulAdd(x[j], w, sum[r][j]);
       }
     }
@@ -332,6 +363,16 @@ void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* 
       for (int j = 0; j < 2; ++j) hn::StoreU(sum[r][j], d, out + r * dim + i + j * kLanes);
     }
   }
+}
+
+void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor, float* acc,
+               const NextRows& next) {
+  WeighRows<uint16_t>({v.data, v.stride, v.tokens}, dim, p, factor, acc, next);
+}
+
+void WeighExpanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
+                   float* acc) {
+  WeighRows(RowsOf(v, dim), dim, p, factor, acc, {});
 }
 
 void AddMean(const uint16_t* mean, int64_t dim, const float* weight, float* acc) {
@@ -361,6 +402,8 @@ const DecodeKernels* KernelTable() {
       .pack_queries = PackQueries,
       .score_nvfp4 = ScoreNvfp4,
       .score_bf16 = ScoreBf16,
+      .expand = expand_rows_f32,
+      .score_expanded = ScoreExpanded,
       .dot_bf16 = DotBf16,
       .page_softmax = PageSoftmax,
       .weights_bytes = kWeightsBytes,
@@ -370,6 +413,7 @@ const DecodeKernels* KernelTable() {
       .accumulator_floats = AccumulatorFloats,
       .weigh_nvfp4 = WeighNvfp4,
       .weigh_bf16 = WeighBf16,
+      .weigh_expanded = WeighExpanded,
       .add_mean = AddMean,
       .add_row = AddRow,
   };

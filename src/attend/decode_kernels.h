@@ -10,7 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/prefetch.h"
+#include "attend/expand_rows.h"
+#include "attend/next_rows.h"
 #include "formats/nvfp4.h"
 #include "thriftattn/kv_cache.h"
 
@@ -38,36 +39,6 @@ struct BlockMask {
   int32_t end[kRowBlock] = {kPageTokens, kPageTokens, kPageTokens, kPageTokens};
 };
 
-// What the next call will read: 64 rows of `row_bytes` each (codes, or 16-bit values) and their
-// scales, fetched into the caches row by row meanwhile: the hardware does not look beyond the
-// system's page. Null = nothing.
-struct NextRows {
-  const uint8_t* rows = nullptr;
-  int64_t row_bytes = 0;
-  const uint8_t* scales = nullptr;
-  int64_t scale_bytes = 0;  // of all rows
-  const uint8_t* mean = nullptr;
-  int64_t mean_bytes = 0;
-  const void* meta = nullptr;
-
-  // The part that belongs to rows [row, row + count).
-  void fetch(int64_t row, int64_t count) const {
-    if (row == 0) {
-      prefetch_lines(mean, mean_bytes);
-      if (meta != nullptr) prefetch_l2(meta);
-    }
-    if (rows == nullptr) return;
-    for (int64_t at = row * row_bytes; at < (row + count) * row_bytes; at += 64) {
-      prefetch_l2(rows + at);
-    }
-    const int64_t lines = (scale_bytes + 63) / 64;
-    for (int64_t i = row * lines / kPageTokens; i < (row + count) * lines / kPageTokens; ++i) {
-      prefetch_l2(scales + i * 64);
-    }
-  }
-  void fetch_all() const { fetch(0, kPageTokens); }
-};
-
 struct DecodeKernels {
   const char* name;
 
@@ -82,6 +53,10 @@ struct DecodeKernels {
                       const float* offset, float* s, bool accumulate, const NextRows& next);
   void (*score_bf16)(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
                      const float* offset, float* s, const NextRows& next);
+  // What has no kernels of its own: expanded first, then scored and weighed as often as needed.
+  void (*expand)(const StoredRows& rows, int64_t dim, const NextRows& next, ExpandedRows& out);
+  void (*score_expanded)(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
+                         const float* offset, float* s);
   // out[r] = rows[r] . v in FP32 for one block, rows [4][dim], v in BF16: q'.mean(page).
   void (*dot_bf16)(const uint16_t* v, int64_t dim, const float* rows, float* out);
 
@@ -110,6 +85,8 @@ struct DecodeKernels {
                       const float* factor, float* acc, const NextRows& next);
   void (*weigh_bf16)(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
                      float* acc, const NextRows& next);
+  void (*weigh_expanded)(const ExpandedRows& v, int64_t dim, const std::byte* p,
+                         const float* factor, float* acc);
   // acc[row] += weight[row] * mean.
   void (*add_mean)(const uint16_t* mean, int64_t dim, const float* weight, float* acc);
   // out[d] += the accumulated sum of one row.

@@ -3,26 +3,26 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "attend/read_stats.h"
-#include "cache/page_codec.h"
-#include "formats/format_info.h"
+#include "attend/softmax_state.h"
 #include "formats/k_transform.h"
-#include "precision/mass_cap.h"
 
 namespace thriftattn {
-namespace {
-
-bool in_reach(const SideLayout& side) {
-  return base_format(side.format) == Format::nvfp4 || side.format == Format::bf16;
-}
-
-}  // namespace
 
 bool DecodeTile::supports(const LayerStore& store) {
   const int64_t group = store.shape.q_heads / store.shape.kv_heads;
-  return in_reach(store.layout.k) && in_reach(store.layout.v) &&
-         store.policy.rule == PromoteRule::mass && group <= kMaxBlocks * kRowBlock;
+  return store.policy.rule == PromoteRule::mass && group <= kMaxBlocks * kRowBlock;
+}
+
+const DecodeKernels& DecodeTile::kernels_for(const LayerStore& store) {
+  const DecodeKernels* bf16 = decode_kernels_bf16();
+  const auto wide = [](const SideLayout& side) {
+    return side.format == Format::f32 || side.format == Format::fp16;
+  };
+  if (bf16 == nullptr || wide(store.layout.k) || wide(store.layout.v)) return *decode_kernels_f32();
+  return *bf16;
 }
 
 DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
@@ -32,15 +32,12 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
       store_(view.store()),
       kernels_(kernels),
       visible_(view, request),
-      spec_(spec) {
+      spec_(spec),
+      range_(visible_, spec),
+      source_(view, spec.kv_head) {
   group_ = store_.shape.q_heads / store_.shape.kv_heads;
   rows_ = spec.positions * group_;
   blocks_ = (rows_ + kRowBlock - 1) / kRowBlock;
-  page_begin_ = visible_.begin(spec.first_token) / kPageTokens;
-  page_end_ = (visible_.end(spec.first_token) - 1) / kPageTokens + 1;
-  open_from_ = visible_.open_from(spec.first_token);
-  split_begin_ = page_begin_ / kSplitPages;
-  split_end_ = (page_end_ - 1) / kSplitPages + 1;
   layered_ = store_.layout.any_layered();
 
   const auto states = static_cast<size_t>(pages() * blocks_ * kRowBlock);
@@ -58,18 +55,10 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
   pack_queries();
 }
 
-int64_t DecodeTile::page_first(int64_t split) const {
-  return std::max(page_begin_, (split_begin_ + split) * kSplitPages);
-}
-
-int64_t DecodeTile::page_last(int64_t split) const {
-  return std::min(page_end_, (split_begin_ + split + 1) * kSplitPages);
-}
-
 DecodeTile::Page DecodeTile::page(int64_t index) const {
   const int64_t window = store_.shape.window;
   const int64_t last_token = spec_.first_token + spec_.positions - 1;
-  const bool past = index < open_from_;
+  const bool past = index < range_.open_from;
   return {.index = index,
           .sealed = past || !layered_,
           .whole = past && (window == 0 || index * kPageTokens > last_token - window)};
@@ -84,7 +73,7 @@ void DecodeTile::pack_queries() {
     const float* q = request_.q.row(spec_.first_query + position_of(r), q_head(r));
     float* row = &queries_[static_cast<size_t>(r * dim)];
     if (store_.layout.k.layered) {
-      equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.policy.rotate, row, dim);
+      equalize_rotate_rows(q, dim, 1, dim, eq, true, store_.layout.k.rotated, row, dim);
     } else {
       std::copy_n(q, dim, row);
     }
@@ -99,63 +88,18 @@ void DecodeTile::pack_queries() {
   }
 }
 
-// A plain side's rows, or the open form.
-Bf16Rows DecodeTile::bf16_rows(const SideLayout& side, const Page& page) const {
-  const int64_t tokens = std::min(kPageTokens, view_.length() - page.index * kPageTokens);
-  if (!side.layered) {
-    const uint8_t* start = view_.start(side, page.index, spec_.kv_head);
-    return {.data = reinterpret_cast<const uint16_t*>(start + side.rows),
-            .stride = side.row_bytes / 2,
-            .tokens = tokens};
-  }
-  const OpenPage& open = *view_.open(page.index);
-  const std::vector<uint16_t>& rows = &side == &store_.layout.k ? open.k : open.v;
-  return {.data = &rows[static_cast<size_t>(spec_.kv_head * side.dim * kPageTokens)],
-          .stride = side.dim,
-          .tokens = tokens};
-}
-
-Nvfp4ConstPlane DecodeTile::base_plane(const SideLayout& side, const Page& page) const {
-  const PageHead head = view_.head(page.index, spec_.kv_head);
-  const uint8_t* start = store_.layout.start(side, head);
-  return {start + side.codes, start + side.scales,
-          &side == &store_.layout.k ? page_meta(store_.layout, head).k_scale
-                                    : v_scale_[static_cast<size_t>(page.index - page_begin_)]};
-}
-
-Nvfp4ConstPlane DecodeTile::residual_plane(const SideLayout& side, const Page& page) const {
-  const PageMeta& meta = page_meta(store_.layout, view_.head(page.index, spec_.kv_head));
-  const uint8_t* residual = view_.residual(page.index, spec_.kv_head);
-  return {residual + side.res_codes, residual + side.res_scales,
-          &side == &store_.layout.k ? meta.k_res_scale : meta.v_res_scale};
-}
-
-// What q' is dotted with besides the values of K; null for a plain side.
-const uint16_t* DecodeTile::k_mean(const Page& page) const {
-  const SideLayout& side = store_.layout.k;
-  if (!side.layered) return nullptr;
-  if (!page.sealed) {
-    return &view_.open(page.index)->k_reference[static_cast<size_t>(spec_.kv_head * side.dim)];
-  }
-  return reinterpret_cast<const uint16_t*>(view_.start(side, page.index, spec_.kv_head) +
-                                           side.mean);
-}
-
 // Where the base rows of a side of a later page lie.
 NextRows DecodeTile::rows_to_come(const SideLayout& side, int64_t index) const {
-  if (index >= page_end_) return {};
-  const Page next = page(index);
-  if (side.layered && !next.sealed) return {};  // the open page is warm
-  const PageHead head = view_.head(index, spec_.kv_head);
-  const uint8_t* start = store_.layout.start(side, head);
-  if (!side.layered) return {.rows = start + side.rows, .row_bytes = side.row_bytes};
-  return {.rows = start + side.codes,
-          .row_bytes = side.dim / 2,
-          .scales = start + side.scales,
-          .scale_bytes = nvfp4_scales_bytes(side.dim),
-          .mean = start + side.mean,
-          .mean_bytes = 2 * side.dim,
-          .meta = &page_meta(store_.layout, head)};
+  if (index >= range_.end) return {};
+  if (side.layered && !page(index).sealed) return {};  // the open page is warm
+  return source_.next_rows(side, index);
+}
+
+// Of a side's base plane; 1 where there is none.
+float DecodeTile::base_scale(const SideLayout& side, const Page& page) const {
+  if (!side.layered || !page.sealed) return 1.0f;
+  return &side == &store_.layout.k ? source_.meta(page.index).k_scale
+                                   : v_scale_[static_cast<size_t>(page.index - range_.begin)];
 }
 
 // Linear base scores of `blocks` blocks.
@@ -164,17 +108,26 @@ void DecodeTile::score(const Page& page, int64_t first_block, int64_t blocks, fl
   const SideLayout& side = store_.layout.k;
   const std::byte* q = packed_.get() + first_block * kernels_.query_bytes(side.dim);
   float offset[kMaxBlocks * kRowBlock] = {};
-  if (const uint16_t* mean = k_mean(page)) {
+  if (const uint16_t* mean = source_.k_mean(page.index, page.sealed)) {
     for (int64_t b = 0; b < blocks; ++b) {
       kernels_.dot_bf16(mean, side.dim,
                         &queries_[static_cast<size_t>((first_block + b) * kRowBlock * side.dim)],
                         offset + b * kRowBlock);
     }
   }
-  if (side.layered && page.sealed) {
-    kernels_.score_nvfp4(base_plane(side, page), side.dim, q, blocks, offset, s, false, next);
-  } else {
-    kernels_.score_bf16(bf16_rows(side, page), side.dim, q, blocks, offset, s, next);
+  const float scale = base_scale(side, page);
+  switch (DecodeSource::form(side, page.sealed)) {
+    case DecodeSource::Form::nvfp4:
+      return kernels_.score_nvfp4(source_.base_plane(side, page.index, scale), side.dim, q, blocks,
+                                  offset, s, false, next);
+    case DecodeSource::Form::bf16:
+      return kernels_.score_bf16(source_.bf16_rows(side, page.index), side.dim, q, blocks, offset,
+                                 s, next);
+    case DecodeSource::Form::expanded: {
+      ExpandedRows rows;
+      kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, next, rows);
+      return kernels_.score_expanded(rows, side.dim, q, blocks, offset, s);
+    }
   }
 }
 
@@ -199,8 +152,7 @@ void DecodeTile::softmax_page(const Page& page, int64_t block, float* s, float* 
 void DecodeTile::score_page(int64_t index, const NextRows& next) {
   const Page p = page(index);
   if (layered_ && p.sealed) {
-    v_scale_[static_cast<size_t>(index - page_begin_)] =
-        page_meta(store_.layout, view_.head(index, spec_.kv_head)).v_scale;
+    v_scale_[static_cast<size_t>(index - range_.begin)] = source_.meta(index).v_scale;
   }
   alignas(64) float s[kMaxBlocks * kBlockScores];
   score(p, 0, blocks_, s, next);
@@ -224,7 +176,7 @@ void DecodeTile::combine() {
         l[r] = 1.0f;
       }
     }
-    const size_t first = state(page_begin_, b);
+    const size_t first = state(range_.begin, b);
     kernels_.merge_pages(&m_[first], &l_[first], pages(), m, l);
     float* lse = &lse_[static_cast<size_t>(b * kRowBlock)];
     for (int64_t r = 0; r < kRowBlock; ++r) lse[r] = SoftmaxScalar{m[r], l[r]}.lse();
@@ -232,9 +184,7 @@ void DecodeTile::combine() {
   }
   final_mass_ = mass_;
   if (store_.policy.max_promoted < 1 && layered_) apply_cap();
-  for (int64_t j = page_begin_; j < std::min(page_end_, open_from_) && layered_; ++j) {
-    decide(page(j));
-  }
+  for (int64_t j = range_.begin; j < range_.sealed_end() && layered_; ++j) decide(page(j));
 }
 
 // The mass that decides: the largest over the query heads of the group.
@@ -248,27 +198,21 @@ float DecodeTile::top_mass(int64_t page, int64_t position) const {
 
 PageFacts DecodeTile::facts(int64_t page, int64_t position) const {
   return page_facts(store_.layout, store_.policy, page, visible_.end(spec_.first_token + position),
-                    store_.shape.window, view_.residual(page, spec_.kv_head) != nullptr);
+                    store_.shape.window, source_.has_residual(page));
 }
 
-// As AttendTile::apply_cap().
 void DecodeTile::apply_cap() {
   for (int64_t i = 0; i < spec_.positions; ++i) {
-    std::vector<float> masses;
-    const int64_t sealed_end = std::min(open_from_, page_end_);
-    const int64_t first = visible_.begin(spec_.first_token + i) / kPageTokens;
-    for (int64_t j = first; j < sealed_end; ++j) {
-      const PageFacts f = facts(j, i);
-      if (f.has_residual && !f.forced_full) masses.push_back(top_mass(j, i));
-    }
     float& promote = promote_[static_cast<size_t>(i)];
-    promote = capped_promote(std::move(masses), promote,
-                             promotion_cap(store_.policy.max_promoted, sealed_end - first));
+    promote = promote_under_cap(
+        range_, visible_.begin(spec_.first_token + i) / kPageTokens, promote,
+        store_.policy.max_promoted, [&](int64_t page) { return facts(page, i); },
+        [&](int64_t page) { return top_mass(page, i); });
   }
 }
 
 void DecodeTile::decide(const Page& page) {
-  const int64_t j = page.index - page_begin_;
+  const int64_t j = page.index - range_.begin;
   for (int64_t i = 0; i < spec_.positions; ++i) {
     const MassRule rule{promote_[static_cast<size_t>(i)], static_cast<float>(store_.policy.skip)};
     reads_[static_cast<size_t>(j * spec_.positions + i)] =
@@ -285,7 +229,7 @@ void DecodeTile::promote(const Page& page, int64_t block, float* sums, float* fa
   float m[kRowBlock], l[kRowBlock], mass[kRowBlock], again[kRowBlock];
   score(page, block, 1, s, {});
   if (side.layered) {
-    kernels_.score_nvfp4(residual_plane(side, page), side.dim,
+    kernels_.score_nvfp4(source_.residual_plane(side, page.index), side.dim,
                          packed_.get() + block * kernels_.query_bytes(side.dim), 1, nullptr, s,
                          true, {});
   }
@@ -308,6 +252,15 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const
   const SideLayout& side = store_.layout.v;
   const int64_t step = kernels_.accumulator_floats(side.dim);
   const bool tiers = layered_ && page.sealed;
+  const DecodeSource::Form form = DecodeSource::form(side, page.sealed);
+  const float scale = base_scale(side, page);
+  NextRows fetch = next;  // by the first kernel that reads this page
+  ExpandedRows expanded;
+  if (!reads_values(page.index)) {
+    fetch.fetch_all();
+  } else if (form == DecodeSource::Form::expanded) {
+    kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, fetch, expanded);
+  }
   for (int64_t b = 0; b < blocks_; ++b) {
     const size_t at = state(page.index, b);
     float factor[kRowBlock], full[kRowBlock] = {};
@@ -335,27 +288,31 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const
     float* acc = accumulators + b * step;
     if (tiers && side.layered) {
       // The page's mean of V, weighted by the row's own mass: all that a skipped page gives.
-      const uint8_t* start = view_.start(side, page.index, spec_.kv_head);
-      kernels_.add_mean(reinterpret_cast<const uint16_t*>(start + side.mean), side.dim,
-                        &final_mass_[at], acc);
-      if (!any && b == 0) next.fetch_all();
-      if (any) {
-        kernels_.weigh_nvfp4(base_plane(side, page), side.dim, p, factor, acc,
-                             b == 0 ? next : NextRows{});
+      kernels_.add_mean(source_.v_mean(page.index), side.dim, &final_mass_[at], acc);
+    }
+    if (any) {
+      switch (form) {
+        case DecodeSource::Form::nvfp4:
+          kernels_.weigh_nvfp4(source_.base_plane(side, page.index, scale), side.dim, p, factor,
+                               acc, std::exchange(fetch, {}));
+          break;
+        case DecodeSource::Form::bf16:
+          kernels_.weigh_bf16(source_.bf16_rows(side, page.index), side.dim, p, factor, acc,
+                              std::exchange(fetch, {}));
+          break;
+        case DecodeSource::Form::expanded:
+          kernels_.weigh_expanded(expanded, side.dim, p, factor, acc);
       }
-      if (promoted) {
-        kernels_.weigh_nvfp4(residual_plane(side, page), side.dim, p, full, acc, {});
-      }
-    } else {
-      kernels_.weigh_bf16(bf16_rows(side, page), side.dim, p, factor, acc,
-                          b == 0 ? next : NextRows{});
+    }
+    if (promoted && side.layered) {
+      kernels_.weigh_nvfp4(source_.residual_plane(side, page.index), side.dim, p, full, acc, {});
     }
   }
 }
 
 // Whether some position reads V's codes of a page.
 bool DecodeTile::reads_values(int64_t page) const {
-  const auto first = reads_.begin() + (page - page_begin_) * spec_.positions;
+  const auto first = reads_.begin() + (page - range_.begin) * spec_.positions;
   return std::any_of(first, first + spec_.positions,
                      [](PageRead how) { return how != PageRead::skip; });
 }
@@ -378,7 +335,7 @@ NextRows DecodeTile::keys_to_come(int64_t index) const {
 }
 
 NextRows DecodeTile::values_to_come(int64_t index) const {
-  if (index >= page_end_) return {};
+  if (index >= range_.end) return {};
   NextRows next = rows_to_come(store_.layout.v, index);
   next.meta = nullptr;  // its scale is kept
   if (!reads_values(index)) next.rows = nullptr;
@@ -405,6 +362,8 @@ void DecodeTile::write_output() {
     std::fill(o.begin(), o.end(), 0.0f);
     for (const std::vector<float>& sums : sums_) total += sums[static_cast<size_t>(r)];
     kernels_.add_row(acc.get() + r / kRowBlock * step, dim, r % kRowBlock, o.data());
+    // Back to V's own basis, once: H is linear, so what was summed in its basis needs no more.
+    if (store_.layout.v.rotated) hadamard_rows(o.data(), 1, dim, dim);
     const float inverse = total > 0 ? 1.0f / total : 0.0f;
     float* out = request_.out.row(spec_.first_query + i, q_head(r));
     for (int64_t d = 0; d < dim; ++d) out[d] = o[static_cast<size_t>(d)] * inverse;
@@ -419,7 +378,7 @@ void DecodeTile::add_stats(AttendStats& stats) const {
     const int64_t position = spec_.first_token + i;
     const int64_t first = visible_.begin(position), end = visible_.end(position);
     RowStats row_stats(stats, store_.layout, store_.policy.promote);
-    for (int64_t j = page_begin_; j < page_end_; ++j) {
+    for (int64_t j = range_.begin; j < range_.end; ++j) {
       const int64_t begin = std::max(first, j * kPageTokens);
       const int64_t tokens = std::min(end, (j + 1) * kPageTokens) - begin;
       if (tokens <= 0) continue;

@@ -4,24 +4,28 @@
 // everything visible, each page's mass decides its precision and the values are weighed. All
 // partial sums are relative to that LSE, so splits are added, in their order.
 //
-// This is the fast path of AttendMath::fast for K and V in nvfp4, nvfp4x2 and bf16; AttendTile does
-// the rest, and everything in AttendMath::f32.
+// This is the path of AttendMath::fast for every pair of formats under the mass rule; AttendTile does
+// the other rules, and everything in AttendMath::f32.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "attend/attend_tile.h"
 #include "attend/decode_kernels.h"
+#include "attend/decode_source.h"
+#include "attend/tile_pages.h"
 #include "base/aligned.h"
 
 namespace thriftattn {
 
 class DecodeTile {
  public:
-  // Whether this layer's formats and rule are in the kernels' reach.
+  // Whether this layer's rule and group are in the kernels' reach.
   static bool supports(const LayerStore& store);
+  // The kernels that this layer's formats want: BF16 dot products where the machine has them and no
+  // side is FP32 or FP16, which BF16 would take digits from.
+  static const DecodeKernels& kernels_for(const LayerStore& store);
 
   // Where a tile keeps its weights between the phases: page j's of all blocks at data + j * stride,
   // weights_bytes() of them, pages counted from the first that it reads.
@@ -33,15 +37,15 @@ class DecodeTile {
   DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
              const DecodeKernels& kernels);
 
-  int64_t pages() const { return page_end_ - page_begin_; }
+  int64_t pages() const { return range_.pages(); }
   int64_t weights_bytes() const { return blocks_ * kernels_.weights_bytes; }
   void set_weights(const Weights& weights) { weights_ = weights; }  // before anything below
 
-  int64_t splits() const { return split_end_ - split_begin_; }
+  int64_t splits() const { return range_.splits(); }
   // Pages of a split: [first, last). Phase 1 takes any page in any order, phase 2 those of a split
   // in theirs, between begin_split() and the next one's. `next` is what is read afterwards.
-  int64_t page_first(int64_t split) const;
-  int64_t page_last(int64_t split) const;
+  int64_t page_first(int64_t split) const { return range_.first(split); }
+  int64_t page_last(int64_t split) const { return range_.last(split); }
   void score_page(int64_t page, const NextRows& next);  // phase 1
   void combine();                                       // after every page
   void begin_split(int64_t split);                      // phase 2
@@ -62,10 +66,10 @@ class DecodeTile {
 
   Page page(int64_t index) const;
   std::byte* weights(int64_t page, int64_t block) {
-    return weights_.data + (page - page_begin_) * weights_.stride + block * kernels_.weights_bytes;
+    return weights_.data + (page - range_.begin) * weights_.stride + block * kernels_.weights_bytes;
   }
   size_t state(int64_t page, int64_t block) const {
-    return static_cast<size_t>((block * pages() + page - page_begin_) * kRowBlock);
+    return static_cast<size_t>((block * pages() + page - range_.begin) * kRowBlock);
   }
   int64_t position_of(int64_t row) const { return row / group_; }
   // The layer's query head of a row: the index into q, out, lse and sink_logits.
@@ -73,15 +77,12 @@ class DecodeTile {
     return store_.model_head(spec_.kv_head) * group_ + row % group_;
   }
   PageRead read(int64_t page, int64_t row) const {
-    return reads_[static_cast<size_t>((page - page_begin_) * spec_.positions + position_of(row))];
+    return reads_[static_cast<size_t>((page - range_.begin) * spec_.positions + position_of(row))];
   }
 
   void pack_queries();
-  Bf16Rows bf16_rows(const SideLayout& side, const Page& page) const;
-  Nvfp4ConstPlane base_plane(const SideLayout& side, const Page& page) const;
-  Nvfp4ConstPlane residual_plane(const SideLayout& side, const Page& page) const;
-  const uint16_t* k_mean(const Page& page) const;
   NextRows rows_to_come(const SideLayout& side, int64_t page) const;
+  float base_scale(const SideLayout& side, const Page& page) const;
   void score(const Page& page, int64_t first_block, int64_t blocks, float* s,
              const NextRows& next) const;
   void softmax_page(const Page& page, int64_t block, float* s, float* m, float* l) const;
@@ -100,8 +101,8 @@ class DecodeTile {
   Visibility visible_;
   TileSpec spec_;
   int64_t group_, rows_, blocks_;
-  int64_t page_begin_, page_end_, open_from_;
-  int64_t split_begin_, split_end_;
+  PageRange range_;
+  DecodeSource source_;
   bool layered_;  // some side has planes: pages have tiers
 
   std::vector<float> queries_;  // [blocks * 4][dim] FP32, transformed and scaled

@@ -7,17 +7,10 @@
 
 #include <cstring>
 
+#include "attend/avx512_math.h"
 #include "base/cpu_info.h"
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
-#endif
-#include "attend/avx512_math.h"
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_BF16)
 
 namespace thriftattn {
 namespace {
@@ -68,17 +61,13 @@ void matmul(const PairMatmul& t) {
   if (m < t.m) matmul_rows<1>(t, m);
 }
 
-void add_offset(float* s, int64_t tokens, const float* offset, float* top) {
+void add_offset(float* s, int64_t tokens, const float* offset) {
   for (int j = 0; j < kVectors; ++j) {
     const __m512 off = _mm512_load_ps(offset + j * 16);
-    __m512 best = _mm512_load_ps(top + j * 16);
     for (int64_t t = 0; t < tokens; ++t) {
       float* at = s + t * kCols + j * 16;
-      const __m512 x = _mm512_add_ps(_mm512_load_ps(at), off);
-      _mm512_store_ps(at, x);
-      best = _mm512_max_ps(best, x);
+      _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), off));
     }
-    _mm512_store_ps(top + j * 16, best);
   }
 }
 
@@ -157,10 +146,6 @@ void rescale(const float* from, const float* to, float* factor) {
   }
 }
 
-inline __mmask16 lane_mask(int64_t left) {
-  return static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1);
-}
-
 void narrow(const float* x, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = lane_mask(n - i);
@@ -195,11 +180,7 @@ constexpr PrefillKernels kKernels = {
 }  // namespace
 }  // namespace thriftattn
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+THRIFTATTN_END_TARGET
 
 namespace thriftattn {
 

@@ -182,11 +182,9 @@ void PrefillHead::attend_pages(Tile& tile, Scratch& scratch, int64_t slot, int64
   std::copy_n(tile.m.get(), kCols, top);
   for (int64_t j = 0; j < pages; ++j) {
     float* s = scores.get() + j * kPageTokens * kCols;
-    alignas(64) float unused[kCols];
-    std::fill_n(unused, kCols, kNegInf);
     if (store_.layout.k.layered) {
       kernels_.dot_columns(k_mean_.get() + (slot + j) * dk, tile.q.get(), dk, offset);
-      kernels_.add_offset(s, kPageTokens, offset, unused);
+      kernels_.add_offset(s, kPageTokens, offset);
     }
     if (request_.config.softcap > 0) {
       tile_softcap({s, kPageTokens, kCols}, request_.config.softcap);

@@ -21,8 +21,8 @@ struct PairMatmul {
 
 struct PrefillKernels {
   void (*matmul)(const PairMatmul& args);
-  // s[t][c] += offset[c] for `tokens` rows of one page; top[c] = max(top[c], s).
-  void (*add_offset)(float* s, int64_t tokens, const float* offset, float* top);
+  // s[t][c] += offset[c] for `tokens` rows of one page.
+  void (*add_offset)(float* s, int64_t tokens, const float* offset);
   // top[c] = max over the rows, which may hold -inf.
   void (*column_max)(const float* s, int64_t tokens, float* top);
   // Rows of one page [64]: p = exp(s - m) as pairs of tokens [32][64]; sum[c] = sum of p before

@@ -19,6 +19,16 @@ inline bool cpu_has_avx512_bf16() {
 #endif
 }
 
+// Byte permutes beside it.
+inline bool cpu_has_avx512_vbmi() {
+#if defined(__x86_64__)
+  static const bool has = cpu_has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi");
+  return has;
+#else
+  return false;
+#endif
+}
+
 // AVX-512 with byte dot products.
 inline bool cpu_has_avx512_vnni() {
 #if defined(__x86_64__)

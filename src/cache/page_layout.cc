@@ -24,11 +24,11 @@ constexpr int64_t kMaxHeads = int64_t{1} << 16;
 constexpr int64_t kMaxWindow = int64_t{1} << 40;
 
 void check_dim(const char* name, int64_t dim) {
-  if (dim < 32 || dim > 256 || dim % 16 != 0) {
+  if (dim < 32 || dim > kMaxHeadDim || dim % 16 != 0) {
     throw Error(ErrorCode::unsupported,
-                fmt::format("{} = {}; required: {}; supported: multiples of 16 from 32 to 256; "
+                fmt::format("{} = {}; required: {}; supported: multiples of 16 from 32 to {}; "
                             "missing: pages of other widths",
-                            name, dim, dim));
+                            name, dim, dim, kMaxHeadDim));
   }
 }
 

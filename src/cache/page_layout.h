@@ -12,6 +12,9 @@
 
 namespace thriftattn {
 
+// Widest head that a page can hold.
+inline constexpr int64_t kMaxHeadDim = 256;
+
 // Facts recorded by the encoder, FP32. "both" is base + residual.
 struct PageMeta {
   float k_scale = 1, v_scale = 1;          // page scales of the base planes

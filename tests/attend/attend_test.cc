@@ -95,19 +95,6 @@ TEST(Attend, RotatedValuesMatchReferenceOverShapes) {
   }
 }
 
-// The BF16 decode kernels read NVFP4 planes; a layer with another base on either side is the tile's,
-// whatever math is asked for.
-TEST(Attend, FastMathLeavesOtherBasesToTheTile) {
-  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3}, {Format::mxfp4, Format::nvfp4},
-                             {Format::bf16, Format::mxfp4}, {Format::int3, Format::bf16}}) {
-    CaseOptions o{.policy = mixed(k, v), .length = 330};
-    AttentionCase exact_math(o);
-    o.math = AttendMath::fast;
-    AttentionCase fast_math(o);
-    EXPECT_EQ(fast_math.attend(), exact_math.attend()) << to_string(k) << " " << to_string(v);
-  }
-}
-
 TEST(Attend, MatchesReferenceWithWindowSoftcapAndSinks) {
   for (int64_t window : {0, 50, 100, 256}) {
     for (float softcap : {0.0f, 4.0f}) {

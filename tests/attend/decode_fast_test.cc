@@ -152,7 +152,9 @@ TEST_F(DecodeFast, DecidesAsTheFp32PathDoes) {
 TEST_F(DecodeFast, VerifyEqualsDecodeBitwise) {
   for (const int64_t q_heads : {2, 8, 14}) {
     for (const LayerPolicy& policy :
-         {layered_policy(0.1, 0.02), sealed_policy(64, 128), plain_policy(Format::bf16)}) {
+         {layered_policy(0.1, 0.02), sealed_policy(64, 128), plain_policy(Format::bf16),
+          plain_policy(Format::fp8_e4m3), mixed(Format::q8_0, Format::fp6_e3m2),
+          mixed(Format::mxfp4, Format::int3)}) {
       CaseOptions o{.policy = policy, .length = 700, .queries = 40};
       o.shape.q_heads = q_heads;
       o.q_gain = 4.0f;
@@ -185,14 +187,16 @@ TEST_F(DecodeFast, VerifyEqualsDecodeBitwise) {
 }
 
 TEST_F(DecodeFast, ResultDoesNotDependOnThreads) {
-  CaseOptions o{.policy = layered_policy(0.05, 0.005), .length = 5000, .queries = 3};
-  AttentionCase c(fast(o));
-  std::vector<float> one;
-  {
-    tbb::global_control limit(tbb::global_control::max_allowed_parallelism, 1);
-    one = c.attend();
+  for (const LayerPolicy& policy : {layered_policy(0.05, 0.005), mixed(Format::int3, Format::q4_0)}) {
+    CaseOptions o{.policy = policy, .length = 5000, .queries = 3};
+    AttentionCase c(fast(o));
+    std::vector<float> one;
+    {
+      tbb::global_control limit(tbb::global_control::max_allowed_parallelism, 1);
+      one = c.attend();
+    }
+    EXPECT_EQ(one, c.attend());
   }
-  EXPECT_EQ(one, c.attend());
 }
 
 }  // namespace

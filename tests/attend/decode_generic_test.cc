@@ -59,7 +59,10 @@ TEST(DecodeGeneric, MatchesReferenceOnEveryTarget) {
     const std::string name = hwy::TargetName(target);
     for (const LayerPolicy& policy :
          {layered_policy(0.1, 0.02), sealed_policy(64, 128), plain_policy(Format::bf16),
-          mixed(Format::nvfp4, Format::bf16), mixed(Format::nvfp4x2, Format::nvfp4x2)}) {
+          mixed(Format::nvfp4, Format::bf16), mixed(Format::nvfp4x2, Format::nvfp4x2),
+          mixed(Format::f32, Format::fp16), mixed(Format::fp8_e4m3, Format::q4_0),
+          mixed(Format::q8_0, Format::fp6_e2m3), mixed(Format::mxfp4, Format::int3),
+          mixed(Format::int3, Format::fp8_e5m2), mixed(Format::fp6_e3m2, Format::mxfp4)}) {
       for (int64_t length : {0, 65, 517}) {
         CaseOptions o{.policy = policy, .length = length, .queries = 2};
         o.scramble = length > 100;

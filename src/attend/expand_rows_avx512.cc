@@ -1,0 +1,377 @@
+// Rows to BF16 with AVX-512 (expand_rows.h), 32 elements a vector.
+//
+// 3, 4 and 6 bits: a byte shuffle puts the 16 bits from a code's byte on into the code's word, a
+// shift by word brings the code to bit 0, and VPERMW, which looks at five bits of a word, finds the
+// value. Bits above the code do not matter: the table of 8 or 16 values is written four times or
+// twice. A table that is already multiplied by the scale of its 32 elements costs two instructions.
+//
+// 8-bit floats: all 128 magnitudes as two tables of bytes for VPERMI2B (VBMI), whose index ignores
+// the sign; without VBMI by way of FP16, which contains E5M2, and E4M3 divided by 256.
+#include "attend/expand_rows.h"
+
+#if defined(__x86_64__)
+#include <fmt/format.h>
+#include <immintrin.h>
+
+#include <array>
+#include <cstring>
+
+#include "attend/avx512_math.h"
+#include "base/cpu_info.h"
+#include "base/float_convert.h"
+#include "formats/format_info.h"
+#include "formats/int3.h"
+#include "formats/row_codec.h"
+#include "thriftattn/error.h"
+
+namespace thriftattn {
+namespace {
+
+constexpr int64_t kVector = 32;  // BF16 elements
+constexpr int64_t kFetch = 4;    // rows between two calls of NextRows::fetch()
+
+struct Words {
+  alignas(64) uint16_t v[kVector];
+};
+
+// For word i the bytes at `bit` = first + i * step and behind it, within 16 bytes; -1 is zero.
+struct Window {
+  alignas(64) std::array<int8_t, 2 * kVector> bytes;
+  Words shifts;
+};
+
+template <typename BitOf>
+constexpr Window make_window(BitOf bit_of) {
+  Window w{};
+  for (int i = 0; i < kVector; ++i) {
+    const int bit = bit_of(i), byte = bit / 8;
+    w.bytes[static_cast<size_t>(2 * i)] = static_cast<int8_t>(byte);
+    w.bytes[static_cast<size_t>(2 * i + 1)] = static_cast<int8_t>(byte < 15 ? byte + 1 : -1);
+    w.shifts.v[i] = static_cast<uint16_t>(bit % 8);
+  }
+  return w;
+}
+
+constexpr Window kThreeBits = make_window([](int i) { return 3 * i; });
+constexpr Window kFourBits = make_window([](int i) { return 4 * i; });
+// ggml: elements 0 .. 15 in the low nibbles, 16 .. 31 in the high ones.
+constexpr Window kHalves = make_window([](int i) { return i % 16 * 8 + i / 16 * 4; });
+// Eight codes of 6 bits from the first 6 bytes of every 128 bits, where kSixBitWords puts them.
+constexpr Window kSixBits = make_window([](int i) { return 6 * (i % 8); });
+constexpr Words kSixBitWords = [] {
+  Words w{};
+  for (int i = 0; i < kVector; ++i) w.v[i] = static_cast<uint16_t>(i / 8 * 3 + i % 8);
+  return w;
+}();
+
+template <class Float>
+constexpr Words six_bit_magnitudes() {
+  Words w{};
+  for (uint32_t i = 0; i < 32; ++i) w.v[i] = f32_to_bf16(Float::decode(i));
+  return w;
+}
+
+// BF16 of the 128 magnitudes, high and low bytes apart.
+struct ByteTables {
+  alignas(64) std::array<uint8_t, 128> low, high;
+};
+template <class Float>
+constexpr ByteTables byte_tables() {
+  ByteTables t{};
+  for (uint32_t i = 0; i < 128; ++i) {
+    const uint16_t value = f32_to_bf16(Float::decode(i));
+    t.low[i] = static_cast<uint8_t>(value);
+    t.high[i] = static_cast<uint8_t>(value >> 8);
+  }
+  return t;
+}
+
+constexpr std::array<float, 16> kQ4Values = {-8, -7, -6, -5, -4, -3, -2, -1,
+                                             0,  1,  2,  3,  4,  5,  6,  7};
+
+float load_f32(const uint8_t* p) {
+  float x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+}  // namespace
+}  // namespace thriftattn
+
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_BF16)
+
+namespace thriftattn {
+namespace {
+
+inline float load_fp16(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, sizeof(half));
+  return _cvtsh_ss(half);
+}
+
+inline __m512i load_words(const Words& w) { return _mm512_load_si512(w.v); }
+
+// 32 codes, each in the low bits of its word.
+struct Unpack {
+  __m512i bytes, shifts;
+
+  explicit Unpack(const Window& w)
+      : bytes(_mm512_load_si512(w.bytes.data())), shifts(load_words(w.shifts)) {}
+  __m512i operator()(__m512i x) const {
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(x, bytes), shifts);
+  }
+  __m512i operator()(__m128i x) const { return (*this)(_mm512_broadcast_i32x4(x)); }
+};
+
+// FP32 to BF16, the first 16 elements in the lower half.
+inline __m512i narrow_both(__m512 first, __m512 second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// A table of 16 values times the scale, as often as a register holds it; the same for 8 values.
+inline __m512i scaled_table(__m512 values, float scale) {
+  const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
+}
+inline __m512i scaled_table(__m256 values, float scale) {
+  const __m256 scaled = _mm256_mul_ps(values, _mm256_set1_ps(scale));
+  return _mm512_broadcast_i32x4(reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(scaled)));
+}
+
+// Each expander: 32 elements at a time of a row, and the scale of a row.
+
+struct Int3Expander {
+  static constexpr int64_t kStep = 32;
+  Unpack unpack;
+  __m256 values;
+
+  Int3Expander() : unpack(kThreeBits), values(_mm256_loadu_ps(kInt3Values.data())) {}
+
+  float row_scale(const StoredRows& in, int64_t) const { return in.page_scale; }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + d / 8 * 3;
+    const float scale = kE4m3Values[in.scales[row * in.row_scales + d / 32]];
+    const __m512i code = unpack(_mm_maskz_loadu_epi8(0xfff, codes));
+    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, scale)));
+  }
+};
+
+struct Mxfp4Expander {
+  static constexpr int64_t kStep = 32;
+  Unpack unpack;
+  __m512 values;
+
+  Mxfp4Expander() : unpack(kFourBits), values(_mm512_loadu_ps(kE2m1Values.data())) {}
+
+  float row_scale(const StoredRows& in, int64_t) const { return in.page_scale; }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + d / 2;
+    const float scale = kE8m0Values[in.scales[row * in.row_scales + d / 32]];
+    const __m512i code = unpack(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, scale)));
+  }
+};
+
+struct Q4Expander {
+  static constexpr int64_t kStep = 32;
+  Unpack unpack;
+  __m512 values;
+
+  Q4Expander() : unpack(kHalves), values(_mm512_loadu_ps(kQ4Values.data())) {}
+
+  float row_scale(const StoredRows&, int64_t) const { return 1.0f; }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
+    const uint8_t* block = in.rows + row * in.row_bytes + d / kGgmlBlock * kQ4BlockBytes;
+    const __m512i code = unpack(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2)));
+    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, load_fp16(block))));
+  }
+};
+
+struct Q8Expander {
+  static constexpr int64_t kStep = 32;
+
+  float row_scale(const StoredRows&, int64_t) const { return 1.0f; }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
+    const uint8_t* block = in.rows + row * in.row_bytes + d / kGgmlBlock * kQ8BlockBytes;
+    const __m512 scale = _mm512_set1_ps(load_fp16(block));
+    __m512 half[2];
+    for (int i = 0; i < 2; ++i) {
+      const auto* codes = reinterpret_cast<const __m128i*>(block + 2 + 16 * i);
+      const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes));
+      half[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
+    }
+    _mm512_store_si512(out, narrow_both(half[0], half[1]));
+  }
+};
+
+template <class Float>
+struct Fp6Expander {
+  static constexpr int64_t kStep = 32;
+  static constexpr Words kMagnitudes = six_bit_magnitudes<Float>();
+  Unpack unpack;
+  __m512i words, magnitudes;
+
+  Fp6Expander()
+      : unpack(kSixBits), words(load_words(kSixBitWords)), magnitudes(load_words(kMagnitudes)) {}
+
+  float row_scale(const StoredRows& in, int64_t row) const {
+    return load_f32(in.rows + row * in.row_bytes);
+  }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t left, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + sizeof(float) + d / 4 * 3;
+    const auto mask = static_cast<__mmask32>(left >= 32 ? 0xffffffu : (1u << left * 6 / 8) - 1);
+    const __m512i spread = _mm512_permutexvar_epi16(
+        words, _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, codes)));
+    const __m512i code = unpack(spread);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(code, 10), _mm512_set1_epi16(-0x8000));
+    _mm512_store_si512(out, _mm512_or_si512(_mm512_permutexvar_epi16(code, magnitudes), sign));
+  }
+};
+
+// By way of FP16: E5M2 is its upper byte, E4M3's exponent and mantissa the seven bits from bit 7 on.
+template <class Float>
+struct Fp8Expander {
+  static constexpr bool kE4m3 = Float::kMantissaBits == 3;
+  static constexpr int64_t kStep = 32;
+
+  float row_scale(const StoredRows& in, int64_t row) const {
+    return load_f32(in.rows + row * in.row_bytes) * (kE4m3 ? 256.0f : 1.0f);
+  }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t left, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + sizeof(float) + d;
+    const auto mask = static_cast<__mmask32>(byte_mask(left));
+    __m512i half = _mm512_slli_epi16(
+        _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, codes)), 8);
+    if constexpr (kE4m3) {
+      half = _mm512_and_si512(_mm512_srai_epi16(half, 1), _mm512_set1_epi16(-0x4001));
+    }
+    _mm512_store_si512(out, narrow_both(_mm512_cvtph_ps(_mm512_castsi512_si256(half)),
+                                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))));
+  }
+};
+
+// Always part of its caller, whose instruction set is the expander's.
+template <class Expander>
+[[gnu::always_inline]] inline void expand_all(const StoredRows& in, int64_t dim,
+                                              const NextRows& next, ExpandedRows& out) {
+  const Expander expander;
+  const int64_t stride = expanded_bf16_stride(dim);
+  auto* values = reinterpret_cast<uint16_t*>(out.values);
+  for (int64_t t = 0; t < kPageTokens; ++t) {
+    if (t % kFetch == 0) next.fetch(t, kFetch);
+    out.scale[t] = t < in.tokens ? expander.row_scale(in, t) : 0.0f;
+    if (t >= in.tokens) continue;
+    for (int64_t d = 0; d < dim; d += Expander::kStep) {
+      expander.expand(in, t, d, dim - d, values + t * stride + d);
+    }
+  }
+  out.tokens = in.tokens;
+}
+
+template <class Expander>
+void expand_with(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+  expand_all<Expander>(in, dim, next, out);
+}
+
+}  // namespace
+}  // namespace thriftattn
+
+THRIFTATTN_END_TARGET
+
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_VBMI)
+
+namespace thriftattn {
+namespace {
+
+// 64 elements by table. Qwords are put in order first, so that the interleaving within 128 bits
+// gives elements 0 .. 31 and 32 .. 63.
+template <class Float>
+struct Fp8TableExpander {
+  static constexpr int64_t kStep = 64;
+  static constexpr ByteTables kTables = byte_tables<Float>();
+  __m512i low[2], high[2];
+
+  Fp8TableExpander() {
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(kTables.low.data() + 64 * i);
+      high[i] = _mm512_load_si512(kTables.high.data() + 64 * i);
+    }
+  }
+
+  float row_scale(const StoredRows& in, int64_t row) const {
+    return load_f32(in.rows + row * in.row_bytes);
+  }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t left, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + sizeof(float) + d;
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i code =
+        _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(byte_mask(left), codes));
+    const __m512i lower = _mm512_permutex2var_epi8(low[0], code, low[1]);
+    // magnitude | (code & 0x80)
+    const __m512i upper =
+        _mm512_ternarylogic_epi64(_mm512_permutex2var_epi8(high[0], code, high[1]), code,
+                                  _mm512_set1_epi8(-0x80), 0xf8);
+    _mm512_store_si512(out, _mm512_unpacklo_epi8(lower, upper));
+    _mm512_store_si512(out + kVector, _mm512_unpackhi_epi8(lower, upper));
+  }
+};
+
+template <class Expander>
+void expand_with_vbmi(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+  expand_all<Expander>(in, dim, next, out);
+}
+
+}  // namespace
+}  // namespace thriftattn
+
+THRIFTATTN_END_TARGET
+
+namespace thriftattn {
+namespace {
+
+using Expand = void (*)(const StoredRows&, int64_t, const NextRows&, ExpandedRows&);
+
+Expand expander_of(Format format, bool vbmi) {
+  switch (base_format(format)) {
+    case Format::fp8_e4m3:
+      return vbmi ? expand_with_vbmi<Fp8TableExpander<E4m3>> : expand_with<Fp8Expander<E4m3>>;
+    case Format::fp8_e5m2:
+      return vbmi ? expand_with_vbmi<Fp8TableExpander<E5m2>> : expand_with<Fp8Expander<E5m2>>;
+    case Format::fp6_e3m2:
+      return expand_with<Fp6Expander<E3m2>>;
+    case Format::fp6_e2m3:
+      return expand_with<Fp6Expander<E2m3>>;
+    case Format::q8_0:
+      return expand_with<Q8Expander>;
+    case Format::q4_0:
+      return expand_with<Q4Expander>;
+    case Format::mxfp4:
+      return expand_with<Mxfp4Expander>;
+    case Format::int3:
+      return expand_with<Int3Expander>;
+    case Format::f32:
+    case Format::fp16:
+    case Format::bf16:
+    case Format::nvfp4:
+    case Format::nvfp4x2:
+      break;
+  }
+  throw Error(ErrorCode::unsupported,
+              fmt::format("rows of {} are not expanded to BF16; use expand_rows_f32",
+                          format_info(format).name));
+}
+
+}  // namespace
+
+void expand_rows_bf16(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+  expander_of(in.format, cpu_has_avx512_vbmi())(in, dim, next, out);
+}
+
+void expand_rows_bf16_without_vbmi(const StoredRows& in, int64_t dim, const NextRows& next,
+                                   ExpandedRows& out) {
+  expander_of(in.format, false)(in, dim, next, out);
+}
+
+}  // namespace thriftattn
+
+#endif

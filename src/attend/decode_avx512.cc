@@ -483,6 +483,7 @@ void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, cons
   }
 }
 
+// All 32 pairs whatever the tokens: with a number of rounds that is known, the sums stay in registers.
 template <bool kHigh>
 void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t* weights,
                      float* acc, const NextRows& next) {
@@ -495,16 +496,16 @@ void weigh_bf16_half(const Bf16Rows& v, int64_t first, int64_t n, const uint32_t
   for (int r = 0; r < kRows; ++r) {
     for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_load_ps(acc + (r * 4 + k) * 16);
   }
-  for (int64_t j = 0; 2 * j < v.tokens; ++j) {
-    next.fetch(2 * j, 2);
-    const uint16_t* at = v.data + 2 * j * v.stride + first;
-    // The last row of an odd count has no partner: its weight there is zero, its values must be too.
-    const bool second = 2 * j + 1 < v.tokens;
+  const uint16_t* values = v.data + first;
+  for (int64_t j = 0; j < kPairs; ++j) {
+    if constexpr (!kHigh) next.fetch(2 * j, 2);
+    // A row without a token has weight zero; what it is multiplied with must be finite: row 0.
+    const uint16_t* a = values + (2 * j < v.tokens ? 2 * j * v.stride : 0);
+    const uint16_t* b = values + (2 * j + 1 < v.tokens ? (2 * j + 1) * v.stride : 0);
     __m512i x[4];
     for (int k = 0; k < 4; ++k) {
-      x[k] = interleave<kHigh>(
-          _mm512_maskz_loadu_epi16(mask[k], at + k * 32),
-          second ? _mm512_maskz_loadu_epi16(mask[k], at + v.stride + k * 32) : _mm512_setzero_si512());
+      x[k] = interleave<kHigh>(_mm512_maskz_loadu_epi16(mask[k], a + k * 32),
+                               _mm512_maskz_loadu_epi16(mask[k], b + k * 32));
     }
     for (int r = 0; r < kRows; ++r) {
       const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[j * kRows + r]));

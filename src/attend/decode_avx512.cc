@@ -43,7 +43,6 @@ alignas(64) constexpr uint16_t kE2m1Bf16[32] = {
     0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,  //
     0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
     0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-inline __m512i value_table() { return _mm512_load_si512(kE2m1Bf16); }
 
 template <int kShift>
 inline __m512i expand(__m512i words, __m512i table) {
@@ -91,11 +90,61 @@ inline __m512 add_neighbours(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
-// The scales of two tokens in that order: [a of group 2L, a of 2L + 1, b of 2L, b of 2L + 1].
-inline __m512 pair_scales(const uint8_t* a, const uint8_t* b, __mmask16 mask) {
-  const __m128i both =
-      _mm_unpacklo_epi16(_mm_maskz_loadu_epi8(mask, a), _mm_maskz_loadu_epi8(mask, b));
-  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
+// The scales of NVFP4 as they are stored: of tokens t and t + 1 over the n elements of chunk c.
+struct StoredScales {
+  const uint8_t* scales;
+  int64_t row_scales;
+
+  const uint8_t* at(int64_t t, int64_t c) const {
+    return scales + t * row_scales + c * (kChunk / kNvfp4Group);
+  }
+  static __mmask16 mask(int64_t n) {
+    return static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
+  }
+  static __m512 widen(__m128i codes) {
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 7));
+  }
+  // As add_neighbours(): [a of group 2L, a of 2L + 1, b of 2L, b of 2L + 1].
+  __m512 by_neighbours(int64_t t, int64_t c, int64_t n) const {
+    const __m128i a = _mm_maskz_loadu_epi8(mask(n), at(t, c));
+    return widen(_mm_unpacklo_epi16(a, _mm_maskz_loadu_epi8(mask(n), at(t + 1, c))));
+  }
+  // [group][token]
+  __m512 by_group(int64_t t, int64_t c, int64_t n) const {
+    const __m128i a = _mm_maskz_loadu_epi8(mask(n), at(t, c));
+    return widen(_mm_unpacklo_epi8(a, _mm_maskz_loadu_epi8(mask(n), at(t + 1, c))));
+  }
+};
+
+// FP32 scales of groups of 32, which expand_rows_bf16() has put in the order of add_neighbours().
+struct LaidOutScales {
+  const float* scales;
+  int64_t chunks;
+
+  __m512 by_neighbours(int64_t t, int64_t c, int64_t) const {
+    return _mm512_load_ps(scales + (t / 2 * chunks + c) * 16);
+  }
+  __m512 by_group(int64_t t, int64_t c, int64_t n) const {
+    return _mm512_permute_ps(by_neighbours(t, c, n), 0xd8);
+  }
+};
+
+// Rows of codes of 4 bits: their 16 values in BF16, twice, and what multiplies values x scales.
+template <class Scales>
+struct FourBitRows {
+  const uint8_t* codes;
+  const uint16_t* values;
+  Scales scales;
+  float page_scale;
+};
+
+FourBitRows<StoredScales> four_bit_rows(const Nvfp4ConstPlane& plane, int64_t dim) {
+  return {plane.codes, kE2m1Bf16, {plane.scales, dim / kNvfp4Group},
+          plane.page_scale * kScaleUnit};
+}
+
+FourBitRows<LaidOutScales> four_bit_rows(const ExpandedRows& rows, int64_t dim) {
+  return {rows.codes, rows.code_values, {rows.group_scale, chunks_of(dim)}, rows.page_scale};
 }
 
 // What is left to add of a block: [row][token pair], as add_neighbours() leaves it. The result is
@@ -127,14 +176,14 @@ struct TokenSums {
 
 // kDim: head_dim at compile time; 0 takes any. The codes are expanded once for B blocks: with two,
 // everything just about fits the 32 registers.
-template <int B, int64_t kDim>
-void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_t* q,
+template <int B, int64_t kDim, class Scales>
+void score_codes_blocks(const FourBitRows<Scales>& k, int64_t any_dim, const uint16_t* q,
                         const float* offset, float* s, bool accumulate, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
   const int64_t chunks = chunks_of(dim), block_q = query_elements(dim);
-  const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
-  const __m512i table = value_table();
-  const __m512 page_scale = _mm512_set1_ps(k.page_scale * kScaleUnit);
+  const int64_t row_bytes = dim / 2;
+  const __m512i table = _mm512_load_si512(k.values);
+  const __m512 page_scale = _mm512_set1_ps(k.page_scale);
   for (int64_t t = 0; t < kPageTokens; t += kTokens) {
     next.fetch(t, kTokens);
     __m512 sum[B * kRows][kTokens / 2];
@@ -150,11 +199,7 @@ void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_
         x[i][2] = expand<8>(words, table);
         x[i][3] = expand<12>(words, table);
       }
-      const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
-      const uint8_t* scales = k.scales + t * row_scales + c * (kChunk / kNvfp4Group);
-      const __m512 scale[2] = {
-          pair_scales(scales, scales + row_scales, scale_mask),
-          pair_scales(scales + 2 * row_scales, scales + 3 * row_scales, scale_mask)};
+      const __m512 scale[2] = {k.scales.by_neighbours(t, c, n), k.scales.by_neighbours(t + 2, c, n)};
       for (int r = 0; r < B * kRows; ++r) {
         const TokenSums dots(
             x, q + r / kRows * block_q + c * kQueryChunk + r % kRows * kQueryRow, 4);
@@ -173,32 +218,38 @@ void score_nvfp4_blocks(const Nvfp4ConstPlane& k, int64_t any_dim, const uint16_
   }
 }
 
-template <int B>
-void score_nvfp4_any(const Nvfp4ConstPlane& k, int64_t dim, const uint16_t* q, const float* offset,
-                     float* s, bool accumulate, const NextRows& next) {
+template <int B, class Scales>
+void score_codes_any(const FourBitRows<Scales>& k, int64_t dim, const uint16_t* q,
+                     const float* offset, float* s, bool accumulate, const NextRows& next) {
   switch (dim) {
     case 64:
-      return score_nvfp4_blocks<B, 64>(k, dim, q, offset, s, accumulate, next);
+      return score_codes_blocks<B, 64>(k, dim, q, offset, s, accumulate, next);
     case 128:
-      return score_nvfp4_blocks<B, 128>(k, dim, q, offset, s, accumulate, next);
+      return score_codes_blocks<B, 128>(k, dim, q, offset, s, accumulate, next);
     default:
-      return score_nvfp4_blocks<B, 0>(k, dim, q, offset, s, accumulate, next);
+      return score_codes_blocks<B, 0>(k, dim, q, offset, s, accumulate, next);
   }
 }
 
-void score_nvfp4(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
+template <class Scales>
+void score_codes(const FourBitRows<Scales>& k, int64_t dim, const std::byte* q, int64_t blocks,
                  const float* offset, float* s, bool accumulate, const NextRows& next) {
   const auto* packed = reinterpret_cast<const uint16_t*>(q);
   const int64_t step = query_elements(dim);
   int64_t b = 0;
   for (; b + 2 <= blocks; b += 2) {
-    score_nvfp4_any<2>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
+    score_codes_any<2>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
                        accumulate, b == 0 ? next : NextRows{});
   }
   if (b < blocks) {
-    score_nvfp4_any<1>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
+    score_codes_any<1>(k, dim, packed + b * step, offset + b * kRows, s + b * kBlockScores,
                        accumulate, b == 0 ? next : NextRows{});
   }
+}
+
+void score_nvfp4(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
+                 const float* offset, float* s, bool accumulate, const NextRows& next) {
+  score_codes(four_bit_rows(k, dim), dim, q, blocks, offset, s, accumulate, next);
 }
 
 template <int64_t kDim>
@@ -259,6 +310,9 @@ inline __m512 spread_tokens(const float* of_tokens) {
 
 void score_expanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
                     const float* offset, float* s) {
+  if (k.codes != nullptr) {
+    return score_codes(four_bit_rows(k, dim), dim, q, blocks, offset, s, false, {});
+  }
   static constexpr float kNone[kMaxBlocks * kRows] = {};
   score_bf16(bf16_rows(k, dim), dim, q, blocks, kNone, s, {});
   for (int64_t b = 0; b < blocks; ++b) {
@@ -418,9 +472,8 @@ inline __m512i interleave(__m512i a, __m512i b) {
 
 // One half of the words of a chunk: P x scale of token pairs [32][row][8 groups x 2], BF16.
 template <bool kHigh>
-void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, const uint16_t* weights,
-                float* acc) {
-  const __m512i table = value_table();
+void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, __m512i table,
+                const uint16_t* weights, float* acc) {
   const int h = kHigh ? 1 : 0;
   const __m512i groups = _mm512_setr_epi32(h, h, h, h, 2 + h, 2 + h, 2 + h, 2 + h, 4 + h, 4 + h,
                                            4 + h, 4 + h, 6 + h, 6 + h, 6 + h, 6 + h);
@@ -446,25 +499,22 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, co
   }
 }
 
-void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const float* factor,
-                 float* acc, const NextRows& next) {
-  const int64_t row_bytes = dim / 2, row_scales = dim / kNvfp4Group;
+template <class Scales>
+void weigh_codes(const FourBitRows<Scales>& v, int64_t dim, const std::byte* p,
+                 const float* factor, float* acc, const NextRows& next) {
+  const int64_t row_bytes = dim / 2;
+  const __m512i table = _mm512_load_si512(v.values);
   alignas(64) float scaled[kBlockScores];
   alignas(64) uint16_t weights[kPairs * kRows * 16];
-  const __m512 f =
-      _mm512_mul_ps(spread_rows(factor), _mm512_set1_ps(v.page_scale * kScaleUnit));
+  const __m512 f = _mm512_mul_ps(spread_rows(factor), _mm512_set1_ps(v.page_scale));
   for (int64_t i = 0; i < kBlockScores; i += 16) {
     _mm512_store_ps(scaled + i, _mm512_mul_ps(load_weights(p, i), f));
   }
   for (int64_t c = 0; c < chunks_of(dim); ++c) {
     const int64_t n = chunk_elements(dim, c);
-    const auto scale_mask = static_cast<__mmask16>((1u << (n / kNvfp4Group)) - 1);
     for (int64_t j = 0; j < kPairs; ++j) {
       if (c == 0) next.fetch(2 * j, 2);
-      const uint8_t* at = v.scales + 2 * j * row_scales + c * (kChunk / kNvfp4Group);
-      const __m128i both = _mm_unpacklo_epi8(_mm_maskz_loadu_epi8(scale_mask, at),
-                                             _mm_maskz_loadu_epi8(scale_mask, at + row_scales));
-      const __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(both), 7));
+      const __m512 scale = v.scales.by_group(2 * j, c, n);
       for (int r = 0; r < kRows; r += 2) {
         __m512 w[2];
         for (int i = 0; i < 2; ++i) {
@@ -478,9 +528,14 @@ void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, cons
     }
     float* at = acc + c * kAccChunk;
     const uint8_t* codes = v.codes + c * (kChunk / 2);
-    weigh_half<false>(codes, row_bytes, byte_mask(n / 2), weights, at);
-    weigh_half<true>(codes, row_bytes, byte_mask(n / 2), weights, at + kAccHalf);
+    weigh_half<false>(codes, row_bytes, byte_mask(n / 2), table, weights, at);
+    weigh_half<true>(codes, row_bytes, byte_mask(n / 2), table, weights, at + kAccHalf);
   }
+}
+
+void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const float* factor,
+                 float* acc, const NextRows& next) {
+  weigh_codes(four_bit_rows(v, dim), dim, p, factor, acc, next);
 }
 
 // All 32 pairs whatever the tokens: with a number of rounds that is known, the sums stay in registers.
@@ -544,6 +599,7 @@ void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float*
 
 void weigh_expanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
                     float* acc) {
+  if (v.codes != nullptr) return weigh_codes(four_bit_rows(v, dim), dim, p, factor, acc, {});
   weigh_rows<true>(bf16_rows(v, dim), dim, p, factor, v.scale, acc, {});
 }
 

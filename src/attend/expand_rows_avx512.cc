@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "attend/avx512_math.h"
+#include "attend/expand_codes.h"
 #include "base/cpu_info.h"
 #include "base/float_convert.h"
 #include "formats/format_info.h"
@@ -52,10 +53,6 @@ constexpr Window make_window(BitOf bit_of) {
   return w;
 }
 
-constexpr Window kThreeBits = make_window([](int i) { return 3 * i; });
-constexpr Window kFourBits = make_window([](int i) { return 4 * i; });
-// ggml: elements 0 .. 15 in the low nibbles, 16 .. 31 in the high ones.
-constexpr Window kHalves = make_window([](int i) { return i % 16 * 8 + i / 16 * 4; });
 // Eight codes of 6 bits from the first 6 bytes of every 128 bits, where kSixBitWords puts them.
 constexpr Window kSixBits = make_window([](int i) { return 6 * (i % 8); });
 constexpr Words kSixBitWords = [] {
@@ -85,9 +82,6 @@ constexpr ByteTables byte_tables() {
   }
   return t;
 }
-
-constexpr std::array<float, 16> kQ4Values = {-8, -7, -6, -5, -4, -3, -2, -1,
-                                             0,  1,  2,  3,  4,  5,  6,  7};
 
 float load_f32(const uint8_t* p) {
   float x;
@@ -128,64 +122,7 @@ inline __m512i narrow_both(__m512 first, __m512 second) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
 }
 
-// A table of 16 values times the scale, as often as a register holds it; the same for 8 values.
-inline __m512i scaled_table(__m512 values, float scale) {
-  const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale));
-  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
-}
-inline __m512i scaled_table(__m256 values, float scale) {
-  const __m256 scaled = _mm256_mul_ps(values, _mm256_set1_ps(scale));
-  return _mm512_broadcast_i32x4(reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(scaled)));
-}
-
 // Each expander: 32 elements at a time of a row, and the scale of a row.
-
-struct Int3Expander {
-  static constexpr int64_t kStep = 32;
-  Unpack unpack;
-  __m256 values;
-
-  Int3Expander() : unpack(kThreeBits), values(_mm256_loadu_ps(kInt3Values.data())) {}
-
-  float row_scale(const StoredRows& in, int64_t) const { return in.page_scale; }
-  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
-    const uint8_t* codes = in.rows + row * in.row_bytes + d / 8 * 3;
-    const float scale = kE4m3Values[in.scales[row * in.row_scales + d / 32]];
-    const __m512i code = unpack(_mm_maskz_loadu_epi8(0xfff, codes));
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, scale)));
-  }
-};
-
-struct Mxfp4Expander {
-  static constexpr int64_t kStep = 32;
-  Unpack unpack;
-  __m512 values;
-
-  Mxfp4Expander() : unpack(kFourBits), values(_mm512_loadu_ps(kE2m1Values.data())) {}
-
-  float row_scale(const StoredRows& in, int64_t) const { return in.page_scale; }
-  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
-    const uint8_t* codes = in.rows + row * in.row_bytes + d / 2;
-    const float scale = kE8m0Values[in.scales[row * in.row_scales + d / 32]];
-    const __m512i code = unpack(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, scale)));
-  }
-};
-
-struct Q4Expander {
-  static constexpr int64_t kStep = 32;
-  Unpack unpack;
-  __m512 values;
-
-  Q4Expander() : unpack(kHalves), values(_mm512_loadu_ps(kQ4Values.data())) {}
-
-  float row_scale(const StoredRows&, int64_t) const { return 1.0f; }
-  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
-    const uint8_t* block = in.rows + row * in.row_bytes + d / kGgmlBlock * kQ4BlockBytes;
-    const __m512i code = unpack(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2)));
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(code, scaled_table(values, load_fp16(block))));
-  }
-};
 
 struct Q8Expander {
   static constexpr int64_t kStep = 32;
@@ -266,6 +203,7 @@ template <class Expander>
     }
   }
   out.tokens = in.tokens;
+  out.codes = nullptr;
 }
 
 template <class Expander>
@@ -344,11 +282,9 @@ Expand expander_of(Format format, bool vbmi) {
     case Format::q8_0:
       return expand_with<Q8Expander>;
     case Format::q4_0:
-      return expand_with<Q4Expander>;
     case Format::mxfp4:
-      return expand_with<Mxfp4Expander>;
     case Format::int3:
-      return expand_with<Int3Expander>;
+      return lay_out_codes;
     case Format::f32:
     case Format::fp16:
     case Format::bf16:

@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -68,20 +69,38 @@ constexpr Words six_bit_magnitudes() {
   return w;
 }
 
-// BF16 of the 128 magnitudes, high and low bytes apart.
+// BF16 of the first N codes, high and low bytes apart: the 128 magnitudes of FP8, all 64 of FP6.
+template <uint32_t N>
 struct ByteTables {
-  alignas(64) std::array<uint8_t, 128> low, high;
+  alignas(64) std::array<uint8_t, N> low, high;
 };
-template <class Float>
-constexpr ByteTables byte_tables() {
-  ByteTables t{};
-  for (uint32_t i = 0; i < 128; ++i) {
+template <class Float, uint32_t N>
+constexpr ByteTables<N> byte_tables() {
+  ByteTables<N> t{};
+  for (uint32_t i = 0; i < N; ++i) {
     const uint16_t value = f32_to_bf16(Float::decode(i));
     t.low[i] = static_cast<uint8_t>(value);
     t.high[i] = static_cast<uint8_t>(value >> 8);
   }
   return t;
 }
+
+// Qwords in this order, two vectors of bytes that are interleaved within 128 bits give elements 0 .. 31
+// and 32 .. 63.
+constexpr std::array<int64_t, 8> kUnpackOrder = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// Where the bytes of eight codes of 6 bits go, in that order, and the bit at which each code begins.
+struct SixBitBytes {
+  alignas(64) std::array<uint8_t, 64> bytes, bits;
+};
+constexpr SixBitBytes kSixBitBytes = [] {
+  SixBitBytes s{};
+  for (size_t i = 0; i < 64; ++i) {
+    s.bytes[i] = static_cast<uint8_t>(6 * kUnpackOrder[i / 8] + static_cast<int64_t>(i % 8));
+    s.bits[i] = static_cast<uint8_t>(6 * (i % 8));
+  }
+  return s;
+}();
 
 float load_f32(const uint8_t* p) {
   float x;
@@ -221,15 +240,19 @@ THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_VBMI)
 namespace thriftattn {
 namespace {
 
-// 64 elements by table. Qwords are put in order first, so that the interleaving within 128 bits
-// gives elements 0 .. 31 and 32 .. 63.
+inline void store_interleaved(uint16_t* out, __m512i lower, __m512i upper) {
+  _mm512_store_si512(out, _mm512_unpacklo_epi8(lower, upper));
+  _mm512_store_si512(out + kVector, _mm512_unpackhi_epi8(lower, upper));
+}
+
+// 64 elements by table.
 template <class Float>
 struct Fp8TableExpander {
   static constexpr int64_t kStep = 64;
-  static constexpr ByteTables kTables = byte_tables<Float>();
-  __m512i low[2], high[2];
+  static constexpr ByteTables<128> kTables = byte_tables<Float, 128>();
+  __m512i low[2], high[2], order;
 
-  Fp8TableExpander() {
+  Fp8TableExpander() : order(_mm512_loadu_si512(kUnpackOrder.data())) {
     for (int i = 0; i < 2; ++i) {
       low[i] = _mm512_load_si512(kTables.low.data() + 64 * i);
       high[i] = _mm512_load_si512(kTables.high.data() + 64 * i);
@@ -241,16 +264,39 @@ struct Fp8TableExpander {
   }
   void expand(const StoredRows& in, int64_t row, int64_t d, int64_t left, uint16_t* out) const {
     const uint8_t* codes = in.rows + row * in.row_bytes + sizeof(float) + d;
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     const __m512i code =
         _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(byte_mask(left), codes));
-    const __m512i lower = _mm512_permutex2var_epi8(low[0], code, low[1]);
     // magnitude | (code & 0x80)
     const __m512i upper =
         _mm512_ternarylogic_epi64(_mm512_permutex2var_epi8(high[0], code, high[1]), code,
                                   _mm512_set1_epi8(-0x80), 0xf8);
-    _mm512_store_si512(out, _mm512_unpacklo_epi8(lower, upper));
-    _mm512_store_si512(out + kVector, _mm512_unpackhi_epi8(lower, upper));
+    store_interleaved(out, _mm512_permutex2var_epi8(low[0], code, low[1]), upper);
+  }
+};
+
+// The same, codes taken apart by one multishift, whose bits above the code VPERMB ignores.
+template <class Float>
+struct Fp6TableExpander {
+  static constexpr int64_t kStep = 64;
+  static constexpr ByteTables<64> kTables = byte_tables<Float, 64>();
+  __m512i low, high, bytes, bits;
+
+  Fp6TableExpander()
+      : low(_mm512_load_si512(kTables.low.data())),
+        high(_mm512_load_si512(kTables.high.data())),
+        bytes(_mm512_load_si512(kSixBitBytes.bytes.data())),
+        bits(_mm512_load_si512(kSixBitBytes.bits.data())) {}
+
+  float row_scale(const StoredRows& in, int64_t row) const {
+    return load_f32(in.rows + row * in.row_bytes);
+  }
+  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t left, uint16_t* out) const {
+    const uint8_t* codes = in.rows + row * in.row_bytes + sizeof(float) + d / 4 * 3;
+    const __mmask64 mask = byte_mask(std::min<int64_t>(left, kStep) * 6 / 8);
+    const __m512i spread = _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi8(mask, codes));
+    const __m512i code = _mm512_multishift_epi64_epi8(bits, spread);
+    store_interleaved(out, _mm512_permutexvar_epi8(code, low),
+                      _mm512_permutexvar_epi8(code, high));
   }
 };
 
@@ -276,9 +322,9 @@ Expand expander_of(Format format, bool vbmi) {
     case Format::fp8_e5m2:
       return vbmi ? expand_with_vbmi<Fp8TableExpander<E5m2>> : expand_with<Fp8Expander<E5m2>>;
     case Format::fp6_e3m2:
-      return expand_with<Fp6Expander<E3m2>>;
+      return vbmi ? expand_with_vbmi<Fp6TableExpander<E3m2>> : expand_with<Fp6Expander<E3m2>>;
     case Format::fp6_e2m3:
-      return expand_with<Fp6Expander<E2m3>>;
+      return vbmi ? expand_with_vbmi<Fp6TableExpander<E2m3>> : expand_with<Fp6Expander<E2m3>>;
     case Format::q8_0:
       return expand_with<Q8Expander>;
     case Format::q4_0:

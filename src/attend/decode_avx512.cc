@@ -129,22 +129,85 @@ struct LaidOutScales {
   }
 };
 
-// Rows of codes of 4 bits: their 16 values in BF16, twice, and what multiplies values x scales.
-template <class Scales>
-struct FourBitRows {
+template <bool kHigh>
+inline __m512i interleave(__m512i a, __m512i b) {
+  return kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+}
+
+// Codes of 4 bits, with their 16 values in BF16, twice.
+struct Nibbles {
   const uint8_t* codes;
   const uint16_t* values;
+  int64_t row_bytes;
+
+  const uint8_t* at(int64_t t, int64_t c) const { return codes + t * row_bytes + c * (kChunk / 2); }
+  __m512i table() const { return _mm512_load_si512(values); }
+  static void expand_all(__m512i words, __m512i table, __m512i* x) {
+    x[0] = expand<0>(words, table);
+    x[1] = expand<4>(words, table);
+    x[2] = expand<8>(words, table);
+    x[3] = expand<12>(words, table);
+  }
+  // The n elements of chunk c of a token; words of two tokens side by side.
+  void load(int64_t t, int64_t c, int64_t n, __m512i table, __m512i* x) const {
+    expand_all(_mm512_maskz_loadu_epi8(byte_mask(n / 2), at(t, c)), table, x);
+  }
+  template <bool kHigh>
+  void load_pair(int64_t t, int64_t c, int64_t n, __m512i table, __m512i* x) const {
+    const __mmask64 mask = byte_mask(n / 2);
+    expand_all(interleave<kHigh>(_mm512_maskz_loadu_epi8(mask, at(t, c)),
+                                 _mm512_maskz_loadu_epi8(mask, at(t + 1, c))),
+               table, x);
+  }
+};
+
+// BF16 that expand_rows_bf16() has put in the order in which codes come out.
+struct OrderedValues {
+  const uint16_t* values;
+  int64_t chunks;
+
+  const uint16_t* at(int64_t t, int64_t c) const { return values + (t * chunks + c) * kChunk; }
+  __m512i table() const { return _mm512_setzero_si512(); }
+  void load(int64_t t, int64_t c, int64_t, __m512i, __m512i* x) const {
+    for (int k = 0; k < 4; ++k) x[k] = _mm512_load_si512(at(t, c) + 32 * k);
+  }
+  template <bool kHigh>
+  void load_pair(int64_t t, int64_t c, int64_t, __m512i, __m512i* x) const {
+    for (int k = 0; k < 4; ++k) {
+      x[k] = interleave<kHigh>(_mm512_load_si512(at(t, c) + 32 * k),
+                               _mm512_load_si512(at(t + 1, c) + 32 * k));
+    }
+  }
+};
+
+// Rows in the order of codes.
+template <class Codes, class Scales>
+struct CodeRows {
+  Codes codes;
   Scales scales;
   float page_scale;
 };
 
-FourBitRows<StoredScales> four_bit_rows(const Nvfp4ConstPlane& plane, int64_t dim) {
-  return {plane.codes, kE2m1Bf16, {plane.scales, dim / kNvfp4Group},
+CodeRows<Nibbles, StoredScales> code_rows(const Nvfp4ConstPlane& plane, int64_t dim) {
+  return {{plane.codes, kE2m1Bf16, dim / 2},
+          {plane.scales, dim / kNvfp4Group},
           plane.page_scale * kScaleUnit};
 }
 
-FourBitRows<LaidOutScales> four_bit_rows(const ExpandedRows& rows, int64_t dim) {
-  return {rows.codes, rows.code_values, {rows.group_scale, chunks_of(dim)}, rows.page_scale};
+// f(rows) in the form that they have; false if that is not the order of codes.
+template <typename F>
+bool with_code_rows(const ExpandedRows& rows, int64_t dim, const F& f) {
+  const LaidOutScales scales{rows.group_scale, chunks_of(dim)};
+  if (rows.form == ExpandedRows::Form::codes) {
+    const Nibbles nibbles{rows.codes, rows.code_values, dim / 2};
+    f(CodeRows<Nibbles, LaidOutScales>{nibbles, scales, rows.page_scale});
+  } else if (rows.form == ExpandedRows::Form::ordered) {
+    const OrderedValues values{reinterpret_cast<const uint16_t*>(rows.values), chunks_of(dim)};
+    f(CodeRows<OrderedValues, LaidOutScales>{values, scales, rows.page_scale});
+  } else {
+    return false;
+  }
+  return true;
 }
 
 // What is left to add of a block: [row][token pair], as add_neighbours() leaves it. The result is
@@ -176,29 +239,20 @@ struct TokenSums {
 
 // kDim: head_dim at compile time; 0 takes any. The codes are expanded once for B blocks: with two,
 // everything just about fits the 32 registers.
-template <int B, int64_t kDim, class Scales>
-void score_codes_blocks(const FourBitRows<Scales>& k, int64_t any_dim, const uint16_t* q,
+template <int B, int64_t kDim, class Rows>
+void score_codes_blocks(const Rows& k, int64_t any_dim, const uint16_t* q,
                         const float* offset, float* s, bool accumulate, const NextRows& next) {
   const int64_t dim = kDim > 0 ? kDim : any_dim;
   const int64_t chunks = chunks_of(dim), block_q = query_elements(dim);
-  const int64_t row_bytes = dim / 2;
-  const __m512i table = _mm512_load_si512(k.values);
+  const __m512i table = k.codes.table();
   const __m512 page_scale = _mm512_set1_ps(k.page_scale);
   for (int64_t t = 0; t < kPageTokens; t += kTokens) {
     next.fetch(t, kTokens);
     __m512 sum[B * kRows][kTokens / 2];
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t n = chunk_elements(dim, c);
-      const __mmask64 mask = byte_mask(n / 2);
-      const uint8_t* codes = k.codes + t * row_bytes + c * (kChunk / 2);
       __m512i x[kTokens][4];
-      for (int i = 0; i < kTokens; ++i) {
-        const __m512i words = _mm512_maskz_loadu_epi8(mask, codes + i * row_bytes);
-        x[i][0] = expand<0>(words, table);
-        x[i][1] = expand<4>(words, table);
-        x[i][2] = expand<8>(words, table);
-        x[i][3] = expand<12>(words, table);
-      }
+      for (int i = 0; i < kTokens; ++i) k.codes.load(t + i, c, n, table, x[i]);
       const __m512 scale[2] = {k.scales.by_neighbours(t, c, n), k.scales.by_neighbours(t + 2, c, n)};
       for (int r = 0; r < B * kRows; ++r) {
         const TokenSums dots(
@@ -218,8 +272,8 @@ void score_codes_blocks(const FourBitRows<Scales>& k, int64_t any_dim, const uin
   }
 }
 
-template <int B, class Scales>
-void score_codes_any(const FourBitRows<Scales>& k, int64_t dim, const uint16_t* q,
+template <int B, class Rows>
+void score_codes_any(const Rows& k, int64_t dim, const uint16_t* q,
                      const float* offset, float* s, bool accumulate, const NextRows& next) {
   switch (dim) {
     case 64:
@@ -231,8 +285,8 @@ void score_codes_any(const FourBitRows<Scales>& k, int64_t dim, const uint16_t* 
   }
 }
 
-template <class Scales>
-void score_codes(const FourBitRows<Scales>& k, int64_t dim, const std::byte* q, int64_t blocks,
+template <class Rows>
+void score_codes(const Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
                  const float* offset, float* s, bool accumulate, const NextRows& next) {
   const auto* packed = reinterpret_cast<const uint16_t*>(q);
   const int64_t step = query_elements(dim);
@@ -249,7 +303,7 @@ void score_codes(const FourBitRows<Scales>& k, int64_t dim, const std::byte* q, 
 
 void score_nvfp4(const Nvfp4ConstPlane& k, int64_t dim, const std::byte* q, int64_t blocks,
                  const float* offset, float* s, bool accumulate, const NextRows& next) {
-  score_codes(four_bit_rows(k, dim), dim, q, blocks, offset, s, accumulate, next);
+  score_codes(code_rows(k, dim), dim, q, blocks, offset, s, accumulate, next);
 }
 
 template <int64_t kDim>
@@ -310,8 +364,10 @@ inline __m512 spread_tokens(const float* of_tokens) {
 
 void score_expanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
                     const float* offset, float* s) {
-  if (k.codes != nullptr) {
-    return score_codes(four_bit_rows(k, dim), dim, q, blocks, offset, s, false, {});
+  if (with_code_rows(k, dim, [&](const auto& rows) {
+        score_codes(rows, dim, q, blocks, offset, s, false, {});
+      })) {
+    return;
   }
   static constexpr float kNone[kMaxBlocks * kRows] = {};
   score_bf16(bf16_rows(k, dim), dim, q, blocks, kNone, s, {});
@@ -465,15 +521,10 @@ int64_t accumulator_floats(int64_t dim) {
   return mean_accumulators(dim) + kRows * chunks_of(dim) * kChunk;
 }
 
-template <bool kHigh>
-inline __m512i interleave(__m512i a, __m512i b) {
-  return kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
-}
-
 // One half of the words of a chunk: P x scale of token pairs [32][row][8 groups x 2], BF16.
-template <bool kHigh>
-void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, __m512i table,
-                const uint16_t* weights, float* acc) {
+template <bool kHigh, class Codes>
+void weigh_half(const Codes& codes, int64_t c, int64_t n, const uint16_t* weights, float* acc) {
+  const __m512i table = codes.table();
   const int h = kHigh ? 1 : 0;
   const __m512i groups = _mm512_setr_epi32(h, h, h, h, 2 + h, 2 + h, 2 + h, 2 + h, 4 + h, 4 + h,
                                            4 + h, 4 + h, 6 + h, 6 + h, 6 + h, 6 + h);
@@ -482,11 +533,8 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, __
     for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_load_ps(acc + (r * 4 + k) * 16);
   }
   for (int64_t j = 0; j < kPairs; ++j) {
-    const uint8_t* at = codes + 2 * j * row_bytes;
-    const __m512i words = interleave<kHigh>(_mm512_maskz_loadu_epi8(code_mask, at),
-                                            _mm512_maskz_loadu_epi8(code_mask, at + row_bytes));
-    const __m512i v[4] = {expand<0>(words, table), expand<4>(words, table),
-                          expand<8>(words, table), expand<12>(words, table)};
+    __m512i v[4];
+    codes.template load_pair<kHigh>(2 * j, c, n, table, v);
     for (int r = 0; r < kRows; ++r) {
       const __m256i pairs =
           _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (j * kRows + r) * 16));
@@ -499,11 +547,9 @@ void weigh_half(const uint8_t* codes, int64_t row_bytes, __mmask64 code_mask, __
   }
 }
 
-template <class Scales>
-void weigh_codes(const FourBitRows<Scales>& v, int64_t dim, const std::byte* p,
-                 const float* factor, float* acc, const NextRows& next) {
-  const int64_t row_bytes = dim / 2;
-  const __m512i table = _mm512_load_si512(v.values);
+template <class Rows>
+void weigh_codes(const Rows& v, int64_t dim, const std::byte* p, const float* factor, float* acc,
+                 const NextRows& next) {
   alignas(64) float scaled[kBlockScores];
   alignas(64) uint16_t weights[kPairs * kRows * 16];
   const __m512 f = _mm512_mul_ps(spread_rows(factor), _mm512_set1_ps(v.page_scale));
@@ -527,15 +573,14 @@ void weigh_codes(const FourBitRows<Scales>& v, int64_t dim, const std::byte* p,
       }
     }
     float* at = acc + c * kAccChunk;
-    const uint8_t* codes = v.codes + c * (kChunk / 2);
-    weigh_half<false>(codes, row_bytes, byte_mask(n / 2), table, weights, at);
-    weigh_half<true>(codes, row_bytes, byte_mask(n / 2), table, weights, at + kAccHalf);
+    weigh_half<false>(v.codes, c, n, weights, at);
+    weigh_half<true>(v.codes, c, n, weights, at + kAccHalf);
   }
 }
 
 void weigh_nvfp4(const Nvfp4ConstPlane& v, int64_t dim, const std::byte* p, const float* factor,
                  float* acc, const NextRows& next) {
-  weigh_codes(four_bit_rows(v, dim), dim, p, factor, acc, next);
+  weigh_codes(code_rows(v, dim), dim, p, factor, acc, next);
 }
 
 // All 32 pairs whatever the tokens: with a number of rounds that is known, the sums stay in registers.
@@ -599,7 +644,11 @@ void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float*
 
 void weigh_expanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
                     float* acc) {
-  if (v.codes != nullptr) return weigh_codes(four_bit_rows(v, dim), dim, p, factor, acc, {});
+  if (with_code_rows(v, dim, [&](const auto& rows) {
+        weigh_codes(rows, dim, p, factor, acc, {});
+      })) {
+    return;
+  }
   weigh_rows<true>(bf16_rows(v, dim), dim, p, factor, v.scale, acc, {});
 }
 

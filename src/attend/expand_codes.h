@@ -1,4 +1,4 @@
-// MXFP4, Q4_0 and INT3 as rows of codes of 4 bits for the NVFP4 kernels (expand_rows.h).
+// MXFP4, Q4_0, INT3 and Q8_0 as the NVFP4 kernels take them (expand_rows.h).
 #pragma once
 
 #include <cstdint>
@@ -9,5 +9,7 @@ namespace thriftattn {
 
 // Only where cpu_has_avx512_bf16().
 void lay_out_codes(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
+// Only where cpu_has_avx512_vbmi().
+void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
 
 }  // namespace thriftattn

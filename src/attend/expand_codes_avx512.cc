@@ -1,9 +1,11 @@
-// Codes of 4 bits in NVFP4's order, and FP32 scales by pairs of tokens (expand_codes.h).
+// Codes in NVFP4's order, and FP32 scales by pairs of tokens (expand_codes.h).
 //
 // MXFP4's codes are in order and stay where they are. INT3's become nibbles by PDEP, 16 at a time.
 // Q4_0 holds elements i and i + 16 of a block in a byte: the low nibbles of a block, as bytes, then
 // make the first eight bytes of the row and the high ones the next eight, each two of them by one
 // multiply-add with (1, 16).
+//
+// Q8_0's codes become BF16 in the order of expanded nibbles: vector s has byte s of every 32 bits.
 #include "attend/expand_codes.h"
 
 #if defined(__x86_64__)
@@ -15,6 +17,7 @@
 #include <type_traits>
 
 #include "attend/avx512_math.h"
+#include "attend/bf16_tables.h"
 #include "base/float_convert.h"
 #include "formats/format_info.h"
 #include "formats/int3.h"
@@ -118,27 +121,35 @@ struct Int3Rows {
   }
 };
 
+// Up to four scales of ggml's blocks.
+template <int64_t kBlockBytes>
+inline uint64_t block_scales(const StoredRows& in, int64_t row, int64_t group, int64_t n) {
+  if (row >= in.tokens) return 0;
+  const uint8_t* blocks = in.rows + row * in.row_bytes + group * kBlockBytes;
+  uint64_t scales = 0;
+  for (int64_t g = 0; g < n; ++g) {
+    uint16_t half;
+    std::memcpy(&half, blocks + g * kBlockBytes, sizeof(half));
+    scales |= uint64_t{half} << 16 * g;
+  }
+  return scales;
+}
+template <int64_t kBlockBytes>
+inline __m512 pair_of_block_scales(const StoredRows& in, int64_t t, int64_t group, int64_t n) {
+  if (n == 4) {  // unrolled
+    return fp16_scales(block_scales<kBlockBytes>(in, t, group, 4),
+                       block_scales<kBlockBytes>(in, t + 1, group, 4));
+  }
+  return fp16_scales(block_scales<kBlockBytes>(in, t, group, n),
+                     block_scales<kBlockBytes>(in, t + 1, group, n));
+}
+
 struct Q4Rows {
   static constexpr const CodeValues& kValues = kQ4Codes;
   static constexpr float kUnit = 1.0f;
 
-  static uint64_t row_scales(const uint8_t* row, int64_t n) {
-    uint64_t scales = 0;
-    for (int64_t g = 0; g < n; ++g) {
-      uint16_t half;
-      std::memcpy(&half, row + g * kQ4BlockBytes, sizeof(half));
-      scales |= uint64_t{half} << 16 * g;
-    }
-    return scales;
-  }
-  // A row without a token has scale 0, so its codes do not matter.
   static __m512 scales(const StoredRows& in, int64_t t, int64_t group, int64_t n) {
-    const auto of = [&](int64_t row) -> uint64_t {
-      if (row >= in.tokens) return 0;
-      const uint8_t* blocks = in.rows + row * in.row_bytes + group * kQ4BlockBytes;
-      return n == 4 ? row_scales(blocks, 4) : row_scales(blocks, n);
-    };
-    return fp16_scales(of(t), of(t + 1));
+    return pair_of_block_scales<kQ4BlockBytes>(in, t, group, n);
   }
   static void row(const uint8_t* in, int64_t dim, uint8_t* out) {
     const __m256i nibble = _mm256_set1_epi8(15), pairs = _mm256_set1_epi16(0x1001);
@@ -164,18 +175,72 @@ struct Q4Rows {
   }
 };
 
+// The codes of a chunk of four blocks; zeros behind the last.
+struct Q8Chunk {
+  __m512i first, second;
+
+  Q8Chunk(const uint8_t* in, int64_t d, int64_t dim) {
+    const uint8_t* blocks = in + d / kGroup * kQ8BlockBytes + 2;
+    const auto block = [&](int64_t g) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + g * kQ8BlockBytes));
+    };
+    const auto join = [](__m256i a, __m256i b) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    };
+    const __m256i none = _mm256_setzero_si256();
+    const int64_t groups = (dim - d) / kGroup;
+    if (groups >= 4) {
+      first = join(block(0), block(1));
+      second = join(block(2), block(3));
+    } else {
+      first = join(block(0), groups > 1 ? block(1) : none);
+      second = join(groups > 2 ? block(2) : none, none);
+    }
+  }
+};
+
+struct Q8Rows {
+  static __m512 scales(const StoredRows& in, int64_t t, int64_t group, int64_t n) {
+    return pair_of_block_scales<kQ8BlockBytes>(in, t, group, n);
+  }
+  template <int kByte>
+  static __m512 bytes(__m512i x) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24 - 8 * kByte), 24));
+  }
+  template <int kByte>
+  static void store(const Q8Chunk& chunk, uint16_t* out) {
+    _mm512_store_si512(out + 32 * kByte,
+                       narrow_both(bytes<kByte>(chunk.first), bytes<kByte>(chunk.second)));
+  }
+  void row(const uint8_t* in, int64_t dim, uint16_t* out) const {
+    for (int64_t d = 0; d < dim; d += kChunk, out += kChunk) {
+      const Q8Chunk chunk(in, d, dim);
+      store<0>(chunk, out);
+      store<1>(chunk, out);
+      store<2>(chunk, out);
+      store<3>(chunk, out);
+    }
+  }
+};
+
 template <class Rows>
-void lay_out(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
-  constexpr bool kInPlace = std::is_same_v<Rows, Mxfp4Rows>;
+inline void lay_out_scales(const StoredRows& in, int64_t dim, int64_t t, ExpandedRows& out) {
   const int64_t chunks = (dim + kChunk - 1) / kChunk;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t groups = std::min(kChunk, dim - c * kChunk) / kGroup;
+    _mm512_store_ps(out.group_scale + (t / 2 * chunks + c) * 16,
+                    Rows::scales(in, t, c * (kChunk / kGroup), groups));
+  }
+}
+
+// Rows without a token have the scale 0, and codes of 0.
+template <class Rows>
+void lay_out_nibbles(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+  constexpr bool kInPlace = std::is_same_v<Rows, Mxfp4Rows>;
   auto* codes = reinterpret_cast<uint8_t*>(out.values);
   for (int64_t t = 0; t < kPageTokens; t += 2) {
     next.fetch(t, 2);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t groups = std::min(kChunk, dim - c * kChunk) / kGroup;
-      _mm512_store_ps(out.group_scale + (t / 2 * chunks + c) * 16,
-                      Rows::scales(in, t, c * (kChunk / kGroup), groups));
-    }
+    lay_out_scales<Rows>(in, dim, t, out);
     if constexpr (!kInPlace) {
       for (int64_t row = t; row < t + 2; ++row) {
         uint8_t* to = codes + row * (dim / 2);
@@ -187,18 +252,114 @@ void lay_out(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRo
       }
     }
   }
+  out.form = ExpandedRows::Form::codes;
   out.tokens = in.tokens;
   out.codes = kInPlace ? in.rows : codes;
   out.code_values = Rows::kValues.bf16.data();
   out.page_scale = in.page_scale * Rows::kUnit;
 }
 
+// Always part of its caller, whose instruction set is that of the rows.
+template <class Rows>
+[[gnu::always_inline]] inline void lay_out_ordered(const StoredRows& in, int64_t dim,
+                                                   const NextRows& next, ExpandedRows& out) {
+  const Rows rows;
+  const int64_t row_elements = (dim + kChunk - 1) / kChunk * kChunk;
+  auto* values = reinterpret_cast<uint16_t*>(out.values);
+  for (int64_t t = 0; t < kPageTokens; t += 2) {
+    next.fetch(t, 2);
+    lay_out_scales<Q8Rows>(in, dim, t, out);
+    for (int64_t row = t; row < t + 2; ++row) {
+      uint16_t* to = values + row * row_elements;
+      if (row < in.tokens) {
+        rows.row(in.rows + row * in.row_bytes, dim, to);
+      } else {
+        std::memset(to, 0, static_cast<size_t>(row_elements) * sizeof(*to));
+      }
+    }
+  }
+  out.form = ExpandedRows::Form::ordered;
+  out.tokens = in.tokens;
+  out.page_scale = 1.0f;
+}
+
 }  // namespace
 
 void lay_out_codes(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
-  if (in.format == Format::mxfp4) return lay_out<Mxfp4Rows>(in, dim, next, out);
-  if (in.format == Format::int3) return lay_out<Int3Rows>(in, dim, next, out);
-  lay_out<Q4Rows>(in, dim, next, out);
+  switch (in.format) {
+    case Format::mxfp4:
+      return lay_out_nibbles<Mxfp4Rows>(in, dim, next, out);
+    case Format::int3:
+      return lay_out_nibbles<Int3Rows>(in, dim, next, out);
+    case Format::q4_0:
+      return lay_out_nibbles<Q4Rows>(in, dim, next, out);
+    default:
+      return lay_out_ordered<Q8Rows>(in, dim, next, out);
+  }
+}
+
+}  // namespace thriftattn
+
+THRIFTATTN_END_TARGET
+
+THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_VBMI)
+
+namespace thriftattn {
+namespace {
+
+struct Magnitude {
+  static constexpr float decode(uint32_t code) { return static_cast<float>(code); }
+};
+
+// Bytes s and s + 1 of the 32 words of a chunk, in the order of store_interleaved().
+struct ByteOrder {
+  alignas(64) std::array<uint8_t, 64> bytes;
+};
+constexpr ByteOrder byte_order(size_t s) {
+  ByteOrder order{};
+  for (size_t i = 0; i < 64; ++i) {
+    const size_t qword = i / 8, word = qword / 2 * 8 + i % 8;
+    order.bytes[i] = static_cast<uint8_t>(4 * word + s + qword % 2);
+  }
+  return order;
+}
+constexpr ByteOrder kByteOrders[2] = {byte_order(0), byte_order(2)};
+
+// By table of magnitudes: -127 .. 127, all that Q8_0 has.
+struct Q8TableRows {
+  static constexpr ByteTables<128> kTables = byte_tables<Magnitude, 128>();
+  __m512i low[2], high[2], order[2];
+
+  Q8TableRows() {
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(kTables.low.data() + 64 * i);
+      high[i] = _mm512_load_si512(kTables.high.data() + 64 * i);
+      order[i] = _mm512_load_si512(kByteOrders[i].bytes.data());
+    }
+  }
+  void row(const uint8_t* in, int64_t dim, uint16_t* out) const {
+    for (int64_t d = 0; d < dim; d += kChunk, out += kChunk) {
+      const Q8Chunk chunk(in, d, dim);
+      for (int i = 0; i < 2; ++i) {
+        const __m512i code = _mm512_permutex2var_epi8(chunk.first, order[i], chunk.second);
+        const __m512i magnitude = _mm512_abs_epi8(code);
+        // magnitude's upper byte | (code & 0x80)
+        const __m512i upper = _mm512_ternarylogic_epi64(
+            _mm512_permutex2var_epi8(high[0], magnitude, high[1]), code,
+            _mm512_set1_epi8(-0x80), 0xf8);
+        store_interleaved(out + 64 * i, _mm512_permutex2var_epi8(low[0], magnitude, low[1]),
+                          upper);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, const NextRows& next,
+                        ExpandedRows& out) {
+  if (in.format != Format::q8_0) return lay_out_codes(in, dim, next, out);
+  lay_out_ordered<Q8TableRows>(in, dim, next, out);
 }
 
 }  // namespace thriftattn

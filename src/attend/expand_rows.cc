@@ -29,7 +29,7 @@ void expand_rows_f32(const StoredRows& in, int64_t dim, const NextRows& next, Ex
   }
   for (int64_t t = 0; t < kPageTokens; ++t) out.scale[t] = t < in.tokens ? 1.0f : 0.0f;
   out.tokens = in.tokens;
-  out.codes = nullptr;
+  out.form = ExpandedRows::Form::rows;
 }
 
 }  // namespace thriftattn

@@ -1,10 +1,10 @@
 // Rows of one side of a page as the dot products take them. Formats without score and weigh kernels
 // of their own are expanded first, 64 rows at a time, into a buffer that stays in the caches.
 //
-// For BF16 dot products: FP8, FP6 and Q8_0 become rows of BF16, where their codes are exact; what is
-// common to a row multiplies scores and weights, in FP32. Q8_0's code x scale of the block is rounded
-// to BF16 once. MXFP4, Q4_0 and INT3 become codes of 4 bits in the order of NVFP4, whose kernels then
-// take them with scales of 32 elements in FP32.
+// For BF16 dot products, where all codes are exact: FP8 and FP6 become rows of BF16, and what is
+// common to a row multiplies scores and weights, in FP32. MXFP4, Q4_0 and INT3 become codes of 4 bits
+// in the order of NVFP4, Q8_0 BF16 in the order in which those come out of the registers; NVFP4's
+// kernels then take them with FP32 scales of 32 elements.
 #pragma once
 
 #include <cstddef>
@@ -27,23 +27,28 @@ struct StoredRows {
   int64_t tokens = 0;       // rows that hold a token; others are never read
 };
 
-// Left uninitialised. Either values, [64][stride] in the element and stride of the kernels that
-// expanded them, scale[t] multiplying row t; rows without a token are not written, their scale is 0.
-// Or codes, [64][dim / 2], with what they stand for.
+// Left uninitialised.
 struct ExpandedRows {
+  enum class Form : uint8_t {
+    rows,     // `values`, [64][stride] in the element and stride of the kernels that expanded them,
+              // times `scale`; rows without a token are not written, their scale is 0
+    codes,    // `codes` times `group_scale` and `page_scale`
+    ordered,  // BF16 `values`, [64][chunk of 128][4][32]: element 4 w + s of a chunk is word w of
+              // vector s; times `group_scale`
+  };
   alignas(64) std::byte values[kPageTokens * kMaxHeadDim * sizeof(float)];
   alignas(64) float scale[kPageTokens];
-  int64_t tokens;
-
-  const uint8_t* codes;         // null = values; else these or the page's own, element 2i low
-  const uint16_t* code_values;  // [32]: BF16 of the 16 codes, twice
-  float page_scale;
-  // Of tokens a and b of a pair, by chunk of 128 elements: [pair][chunk][4 groups of 32][a a b b].
+  // Of tokens a and b of a pair, by chunk: [pair][chunk][4 groups of 32][a a b b].
   alignas(64) float group_scale[kPageTokens / 2 * (kMaxHeadDim / 128) * 16];
+  Form form;
+  int64_t tokens;
+  float page_scale;
+  const uint8_t* codes;         // [64][dim / 2], here or in the page; element 2i in the low nibble
+  const uint16_t* code_values;  // [32]: BF16 of the 16 codes, twice
 };
 
 #if defined(__x86_64__)
-// Codes, or BF16 in rows expanded_bf16_stride() elements apart, undefined behind dim. Any format but
+// In any form; rows are expanded_bf16_stride() elements apart, undefined behind dim. Any format but
 // bf16 itself and NVFP4, which have kernels of their own, and f32 and fp16, which BF16 would take
 // digits from (throws Error). Only where cpu_has_avx512_bf16().
 constexpr int64_t expanded_bf16_stride(int64_t dim) { return (dim + 63) / 64 * 64; }

@@ -1,12 +1,11 @@
 // Rows to BF16 with AVX-512 (expand_rows.h), 32 elements a vector.
 //
-// 3, 4 and 6 bits: a byte shuffle puts the 16 bits from a code's byte on into the code's word, a
-// shift by word brings the code to bit 0, and VPERMW, which looks at five bits of a word, finds the
-// value. Bits above the code do not matter: the table of 8 or 16 values is written four times or
-// twice. A table that is already multiplied by the scale of its 32 elements costs two instructions.
+// FP6: a byte shuffle puts the 16 bits from a code's byte on into the code's word, a shift by word
+// brings the code to bit 0, and VPERMW, which looks at five bits of a word, finds the magnitude. FP8:
+// by way of FP16, which contains E5M2, and E4M3 divided by 256.
 //
-// 8-bit floats: all 128 magnitudes as two tables of bytes for VPERMI2B (VBMI), whose index ignores
-// the sign; without VBMI by way of FP16, which contains E5M2, and E4M3 divided by 256.
+// With VBMI: FP8's 128 magnitudes as two tables of bytes for VPERMI2B, whose index ignores the sign;
+// FP6's 64 codes, taken apart by one multishift, as two for VPERMB, which ignores what is above them.
 #include "attend/expand_rows.h"
 
 #if defined(__x86_64__)
@@ -18,12 +17,11 @@
 #include <cstring>
 
 #include "attend/avx512_math.h"
+#include "attend/bf16_tables.h"
 #include "attend/expand_codes.h"
 #include "base/cpu_info.h"
 #include "base/float_convert.h"
 #include "formats/format_info.h"
-#include "formats/int3.h"
-#include "formats/row_codec.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn {
@@ -36,26 +34,23 @@ struct Words {
   alignas(64) uint16_t v[kVector];
 };
 
-// For word i the bytes at `bit` = first + i * step and behind it, within 16 bytes; -1 is zero.
+// For word i the byte of its code and the next, and the bit at which the code begins.
 struct Window {
   alignas(64) std::array<int8_t, 2 * kVector> bytes;
   Words shifts;
 };
 
-template <typename BitOf>
-constexpr Window make_window(BitOf bit_of) {
+// Eight codes of 6 bits from the first 6 bytes of every 128 bits, where kSixBitWords puts them.
+constexpr Window kSixBits = [] {
   Window w{};
   for (int i = 0; i < kVector; ++i) {
-    const int bit = bit_of(i), byte = bit / 8;
-    w.bytes[static_cast<size_t>(2 * i)] = static_cast<int8_t>(byte);
-    w.bytes[static_cast<size_t>(2 * i + 1)] = static_cast<int8_t>(byte < 15 ? byte + 1 : -1);
+    const int bit = 6 * (i % 8);
+    w.bytes[static_cast<size_t>(2 * i)] = static_cast<int8_t>(bit / 8);
+    w.bytes[static_cast<size_t>(2 * i + 1)] = static_cast<int8_t>(bit / 8 + 1);
     w.shifts.v[i] = static_cast<uint16_t>(bit % 8);
   }
   return w;
-}
-
-// Eight codes of 6 bits from the first 6 bytes of every 128 bits, where kSixBitWords puts them.
-constexpr Window kSixBits = make_window([](int i) { return 6 * (i % 8); });
+}();
 constexpr Words kSixBitWords = [] {
   Words w{};
   for (int i = 0; i < kVector; ++i) w.v[i] = static_cast<uint16_t>(i / 8 * 3 + i % 8);
@@ -67,22 +62,6 @@ constexpr Words six_bit_magnitudes() {
   Words w{};
   for (uint32_t i = 0; i < 32; ++i) w.v[i] = f32_to_bf16(Float::decode(i));
   return w;
-}
-
-// BF16 of the first N codes, high and low bytes apart: the 128 magnitudes of FP8, all 64 of FP6.
-template <uint32_t N>
-struct ByteTables {
-  alignas(64) std::array<uint8_t, N> low, high;
-};
-template <class Float, uint32_t N>
-constexpr ByteTables<N> byte_tables() {
-  ByteTables<N> t{};
-  for (uint32_t i = 0; i < N; ++i) {
-    const uint16_t value = f32_to_bf16(Float::decode(i));
-    t.low[i] = static_cast<uint8_t>(value);
-    t.high[i] = static_cast<uint8_t>(value >> 8);
-  }
-  return t;
 }
 
 // Qwords in this order, two vectors of bytes that are interleaved within 128 bits give elements 0 .. 31
@@ -116,59 +95,21 @@ THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_BF16)
 namespace thriftattn {
 namespace {
 
-inline float load_fp16(const uint8_t* p) {
-  uint16_t half;
-  std::memcpy(&half, p, sizeof(half));
-  return _cvtsh_ss(half);
-}
-
 inline __m512i load_words(const Words& w) { return _mm512_load_si512(w.v); }
 
-// 32 codes, each in the low bits of its word.
-struct Unpack {
-  __m512i bytes, shifts;
-
-  explicit Unpack(const Window& w)
-      : bytes(_mm512_load_si512(w.bytes.data())), shifts(load_words(w.shifts)) {}
-  __m512i operator()(__m512i x) const {
-    return _mm512_srlv_epi16(_mm512_shuffle_epi8(x, bytes), shifts);
-  }
-  __m512i operator()(__m128i x) const { return (*this)(_mm512_broadcast_i32x4(x)); }
-};
-
-// FP32 to BF16, the first 16 elements in the lower half.
-inline __m512i narrow_both(__m512 first, __m512 second) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-}
-
 // Each expander: 32 elements at a time of a row, and the scale of a row.
-
-struct Q8Expander {
-  static constexpr int64_t kStep = 32;
-
-  float row_scale(const StoredRows&, int64_t) const { return 1.0f; }
-  void expand(const StoredRows& in, int64_t row, int64_t d, int64_t, uint16_t* out) const {
-    const uint8_t* block = in.rows + row * in.row_bytes + d / kGgmlBlock * kQ8BlockBytes;
-    const __m512 scale = _mm512_set1_ps(load_fp16(block));
-    __m512 half[2];
-    for (int i = 0; i < 2; ++i) {
-      const auto* codes = reinterpret_cast<const __m128i*>(block + 2 + 16 * i);
-      const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes));
-      half[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
-    }
-    _mm512_store_si512(out, narrow_both(half[0], half[1]));
-  }
-};
 
 template <class Float>
 struct Fp6Expander {
   static constexpr int64_t kStep = 32;
   static constexpr Words kMagnitudes = six_bit_magnitudes<Float>();
-  Unpack unpack;
-  __m512i words, magnitudes;
+  __m512i words, bytes, shifts, magnitudes;
 
   Fp6Expander()
-      : unpack(kSixBits), words(load_words(kSixBitWords)), magnitudes(load_words(kMagnitudes)) {}
+      : words(load_words(kSixBitWords)),
+        bytes(_mm512_load_si512(kSixBits.bytes.data())),
+        shifts(load_words(kSixBits.shifts)),
+        magnitudes(load_words(kMagnitudes)) {}
 
   float row_scale(const StoredRows& in, int64_t row) const {
     return load_f32(in.rows + row * in.row_bytes);
@@ -178,7 +119,7 @@ struct Fp6Expander {
     const auto mask = static_cast<__mmask32>(left >= 32 ? 0xffffffu : (1u << left * 6 / 8) - 1);
     const __m512i spread = _mm512_permutexvar_epi16(
         words, _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, codes)));
-    const __m512i code = unpack(spread);
+    const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(spread, bytes), shifts);
     const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(code, 10), _mm512_set1_epi16(-0x8000));
     _mm512_store_si512(out, _mm512_or_si512(_mm512_permutexvar_epi16(code, magnitudes), sign));
   }
@@ -222,7 +163,7 @@ template <class Expander>
     }
   }
   out.tokens = in.tokens;
-  out.codes = nullptr;
+  out.form = ExpandedRows::Form::rows;
 }
 
 template <class Expander>
@@ -239,11 +180,6 @@ THRIFTATTN_BEGIN_TARGET(THRIFTATTN_AVX512_VBMI)
 
 namespace thriftattn {
 namespace {
-
-inline void store_interleaved(uint16_t* out, __m512i lower, __m512i upper) {
-  _mm512_store_si512(out, _mm512_unpacklo_epi8(lower, upper));
-  _mm512_store_si512(out + kVector, _mm512_unpackhi_epi8(lower, upper));
-}
 
 // 64 elements by table.
 template <class Float>
@@ -326,11 +262,10 @@ Expand expander_of(Format format, bool vbmi) {
     case Format::fp6_e2m3:
       return vbmi ? expand_with_vbmi<Fp6TableExpander<E2m3>> : expand_with<Fp6Expander<E2m3>>;
     case Format::q8_0:
-      return expand_with<Q8Expander>;
     case Format::q4_0:
     case Format::mxfp4:
     case Format::int3:
-      return lay_out_codes;
+      return vbmi ? lay_out_codes_vbmi : lay_out_codes;
     case Format::f32:
     case Format::fp16:
     case Format::bf16:

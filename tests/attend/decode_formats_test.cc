@@ -30,14 +30,10 @@ using namespace testing;
 // BF16 numbers cost more.
 constexpr double kBf16Weights = 3.9e-3;
 constexpr double kBf16Queries = 2e-2;
-// Values of Q8_0 are rounded to BF16 as weights are; keys, as queries are.
-constexpr double kBf16Values = 6e-3;
-constexpr double kBf16Keys = 1.2e-2;
 
 constexpr int64_t kDims[] = {32, 48, 64, 80, 96, 128, 192, 256};
 
 bool is_wide(Format f) { return f == Format::f32 || f == Format::fp16; }
-bool is_rounded(Format f) { return f == Format::q8_0; }
 
 // ---- expansion
 
@@ -74,15 +70,16 @@ struct Stored {
     view.rows = rows.data();
   }
 
-  // Every finite code of 8-bit floats at some place of row 0, in row 1 shifted by one.
+  // Every code of 8 bits that an encoder writes, along the rows and each row shifted by one.
   void every_code(int64_t dim) {
-    if (view.format != Format::fp8_e4m3 && view.format != Format::fp8_e5m2) return;
-    const int last = view.format == Format::fp8_e4m3 ? 0x7e : 0x7b;
+    const bool e4m3 = view.format == Format::fp8_e4m3, q8 = view.format == Format::q8_0;
+    if (!e4m3 && !q8 && view.format != Format::fp8_e5m2) return;
     for (int64_t t = 0; t < view.tokens; ++t) {
       for (int64_t d = 0; d < dim; ++d) {
         const int code = static_cast<int>((t * dim + d + t) % 256);
-        if ((code & 0x7f) > last) continue;
-        rows[static_cast<size_t>(t * view.row_bytes + 4 + d)] = static_cast<uint8_t>(code);
+        if (q8 ? code == 0x80 : (code & 0x7f) > (e4m3 ? 0x7e : 0x7b)) continue;
+        const int64_t at = q8 ? d / kGgmlBlock * kQ8BlockBytes + 2 + d % kGgmlBlock : 4 + d;
+        rows[static_cast<size_t>(t * view.row_bytes + at)] = static_cast<uint8_t>(code);
       }
     }
   }
@@ -102,19 +99,23 @@ std::vector<Format> expanded_to_bf16() {
 
 // What the kernels make of an element: BF16 x scale of the row, or code x scale of 32 elements.
 float element(const ExpandedRows& rows, int64_t dim, int64_t t, int64_t d) {
-  if (rows.codes == nullptr) {
-    const auto* values = reinterpret_cast<const uint16_t*>(rows.values);
+  const auto* values = reinterpret_cast<const uint16_t*>(rows.values);
+  if (rows.form == ExpandedRows::Form::rows) {
     return bf16_to_f32(values[t * expanded_bf16_stride(dim) + d]) * rows.scale[t];
   }
-  const int code = rows.codes[t * (dim / 2) + d / 2] >> 4 * (d % 2) & 15;
-  EXPECT_EQ(rows.code_values[code], rows.code_values[code + 16]);
-  const int64_t pair = t / 2 * ((dim + 127) / 128) + d / 128;
-  const float* scales = rows.group_scale + pair * 16 + d % 128 / 32 * 4 + t % 2 * 2;
+  const int64_t chunks = (dim + 127) / 128, c = d / 128, i = d % 128;
+  const float* scales = rows.group_scale + (t / 2 * chunks + c) * 16 + i / 32 * 4 + t % 2 * 2;
   EXPECT_EQ(scales[0], scales[1]);
-  return bf16_to_f32(rows.code_values[code]) * scales[0] * rows.page_scale;
+  uint16_t value = values[((t * chunks + c) * 4 + i % 4) * 32 + i / 4];
+  if (rows.form == ExpandedRows::Form::codes) {
+    const int code = rows.codes[t * (dim / 2) + d / 2] >> 4 * (d % 2) & 15;
+    EXPECT_EQ(rows.code_values[code], rows.code_values[code + 16]);
+    value = rows.code_values[code];
+  }
+  return bf16_to_f32(value) * scales[0] * rows.page_scale;
 }
 
-TEST(ExpandRows, Bf16IsTheCodecsValueRoundedAtMostOnce) {
+TEST(ExpandRows, ForBf16IsTheCodecsValue) {
   if (!cpu_has_avx512_bf16()) GTEST_SKIP() << "no AVX-512 BF16 on this machine";
   auto out = std::make_unique<ExpandedRows>();
   for (const auto expand : {expand_rows_bf16, expand_rows_bf16_without_vbmi}) {
@@ -128,14 +129,12 @@ TEST(ExpandRows, Bf16IsTheCodecsValueRoundedAtMostOnce) {
           ASSERT_EQ(out->tokens, in.view.tokens);
           for (int64_t t = 0; t < in.view.tokens; ++t) {
             for (int64_t d = 0; d < dim; ++d) {
-              const float value = in.values[static_cast<size_t>(t * dim + d)];
-              ASSERT_EQ(element(*out, dim, t, d),
-                        is_rounded(format) ? bf16_to_f32(f32_to_bf16(value)) : value)
+              ASSERT_EQ(element(*out, dim, t, d), in.values[static_cast<size_t>(t * dim + d)])
                   << to_string(format) << " D " << dim << " token " << t << " element " << d;
             }
           }
           for (int64_t t = in.view.tokens; t < kPageTokens; ++t) {
-            if (out->codes == nullptr) {
+            if (out->form == ExpandedRows::Form::rows) {
               ASSERT_EQ(out->scale[t], 0.0f);
             } else {
               for (int64_t d = 0; d < dim; ++d) ASSERT_EQ(element(*out, dim, t, d), 0.0f);
@@ -147,7 +146,7 @@ TEST(ExpandRows, Bf16IsTheCodecsValueRoundedAtMostOnce) {
   }
 }
 
-TEST(ExpandRows, Bf16RefusesWhatItWouldTakeDigitsFrom) {
+TEST(ExpandRows, ForBf16RefusesWhatItWouldTakeDigitsFrom) {
   auto out = std::make_unique<ExpandedRows>();
   for (const Format format : {Format::f32, Format::fp16, Format::bf16, Format::nvfp4}) {
     expect_refusal(ErrorCode::unsupported, "use expand_rows_f32",
@@ -196,10 +195,7 @@ void expect_close(CaseOptions o, const std::string& what) {
   if (!bf16) return;
   o.bf16_queries = true;
   o.policy.rotate = o.equalizer = false;
-  const double bound = is_rounded(o.policy.k_format)   ? kBf16Keys
-                       : is_rounded(o.policy.v_format) ? kBf16Values
-                                                       : kBf16Weights;
-  expect_within(o, bound, what + ", BF16 queries");
+  expect_within(o, kBf16Weights, what + ", BF16 queries");
 }
 
 bool has_dim(Format format, int64_t dim) { return dim % format_info(format).dim_multiple == 0; }

@@ -27,8 +27,7 @@ const DecodeKernels& DecodeTile::kernels_for(const LayerStore& store) {
 
 DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
                        const DecodeKernels& kernels)
-    : view_(view),
-      request_(request),
+    : request_(request),
       store_(view.store()),
       kernels_(kernels),
       visible_(view, request),

@@ -94,7 +94,6 @@ class DecodeTile {
   void weigh(const Page& page, float* accumulators, float* sums, const NextRows& next);
   bool reads_values(int64_t page) const;
 
-  const LayerView& view_;
   const AttendRequest& request_;
   const LayerStore& store_;
   const DecodeKernels& kernels_;

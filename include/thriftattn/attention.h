@@ -24,7 +24,8 @@ enum class AttendMode : uint8_t {
 // How products are computed. The values attended to are the same.
 enum class AttendMath : uint8_t {
   // BF16 dot products with FP32 sums where the machine has them: q', P and decoded values are
-  // rounded to BF16, as in engines of today. FP32 elsewhere.
+  // rounded to BF16, as in engines of today. FP32 elsewhere, and where K or V is stored in FP32 or
+  // FP16.
   fast,
   // FP32 throughout: what `eval` judges caches with.
   f32,

@@ -363,14 +363,14 @@ inline __m512 spread_tokens(const float* of_tokens) {
 }
 
 void score_expanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
-                    const float* offset, float* s) {
+                    const float* offset, float* s, const NextRows& next) {
   if (with_code_rows(k, dim, [&](const auto& rows) {
-        score_codes(rows, dim, q, blocks, offset, s, false, {});
+        score_codes(rows, dim, q, blocks, offset, s, false, next);
       })) {
     return;
   }
   static constexpr float kNone[kMaxBlocks * kRows] = {};
-  score_bf16(bf16_rows(k, dim), dim, q, blocks, kNone, s, {});
+  score_bf16(bf16_rows(k, dim), dim, q, blocks, kNone, s, next);
   for (int64_t b = 0; b < blocks; ++b) {
     const __m512 start = spread_rows(offset + b * kRows);
     for (int64_t t = 0; t < kPageTokens; t += 4) {
@@ -643,13 +643,13 @@ void weigh_bf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float*
 }
 
 void weigh_expanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
-                    float* acc) {
+                    float* acc, const NextRows& next) {
   if (with_code_rows(v, dim, [&](const auto& rows) {
-        weigh_codes(rows, dim, p, factor, acc, {});
+        weigh_codes(rows, dim, p, factor, acc, next);
       })) {
     return;
   }
-  weigh_rows<true>(bf16_rows(v, dim), dim, p, factor, v.scale, acc, {});
+  weigh_rows<true>(bf16_rows(v, dim), dim, p, factor, v.scale, acc, next);
 }
 
 void add_mean(const uint16_t* mean, int64_t dim, const float* weight, float* acc) {

@@ -180,8 +180,8 @@ void ScoreBf16(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t block
 }
 
 void ScoreExpanded(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
-                   const float* offset, float* s) {
-  ScoreRows(RowsOf(k, dim), dim, q, blocks, offset, s, {});
+                   const float* offset, float* s, const NextRows& next) {
+  ScoreRows(RowsOf(k, dim), dim, q, blocks, offset, s, next);
 }
 
 void DotBf16(const uint16_t* v, int64_t dim, const float* rows, float* out) {
@@ -371,8 +371,8 @@ void WeighBf16(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* 
 }
 
 void WeighExpanded(const ExpandedRows& v, int64_t dim, const std::byte* p, const float* factor,
-                   float* acc) {
-  WeighRows(RowsOf(v, dim), dim, p, factor, acc, {});
+                   float* acc, const NextRows& next) {
+  WeighRows(RowsOf(v, dim), dim, p, factor, acc, next);
 }
 
 void AddMean(const uint16_t* mean, int64_t dim, const float* weight, float* acc) {

@@ -54,9 +54,9 @@ struct DecodeKernels {
   void (*score_bf16)(const Bf16Rows& k, int64_t dim, const std::byte* q, int64_t blocks,
                      const float* offset, float* s, const NextRows& next);
   // What has no kernels of its own: expanded first, then scored and weighed as often as needed.
-  void (*expand)(const StoredRows& rows, int64_t dim, const NextRows& next, ExpandedRows& out);
+  void (*expand)(const StoredRows& rows, int64_t dim, ExpandedRows& out);
   void (*score_expanded)(const ExpandedRows& k, int64_t dim, const std::byte* q, int64_t blocks,
-                         const float* offset, float* s);
+                         const float* offset, float* s, const NextRows& next);
   // out[r] = rows[r] . v in FP32 for one block, rows [4][dim], v in BF16: q'.mean(page).
   void (*dot_bf16)(const uint16_t* v, int64_t dim, const float* rows, float* out);
 
@@ -86,7 +86,7 @@ struct DecodeKernels {
   void (*weigh_bf16)(const Bf16Rows& v, int64_t dim, const std::byte* p, const float* factor,
                      float* acc, const NextRows& next);
   void (*weigh_expanded)(const ExpandedRows& v, int64_t dim, const std::byte* p,
-                         const float* factor, float* acc);
+                         const float* factor, float* acc, const NextRows& next);
   // acc[row] += weight[row] * mean.
   void (*add_mean)(const uint16_t* mean, int64_t dim, const float* weight, float* acc);
   // out[d] += the accumulated sum of one row.

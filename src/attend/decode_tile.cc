@@ -124,8 +124,8 @@ void DecodeTile::score(const Page& page, int64_t first_block, int64_t blocks, fl
                                  s, next);
     case DecodeSource::Form::expanded: {
       ExpandedRows rows;
-      kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, next, rows);
-      return kernels_.score_expanded(rows, side.dim, q, blocks, offset, s);
+      kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, rows);
+      return kernels_.score_expanded(rows, side.dim, q, blocks, offset, s, next);
     }
   }
 }
@@ -258,7 +258,7 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const
   if (!reads_values(page.index)) {
     fetch.fetch_all();
   } else if (form == DecodeSource::Form::expanded) {
-    kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, fetch, expanded);
+    kernels_.expand(source_.stored_rows(side, page.index, scale), side.dim, expanded);
   }
   for (int64_t b = 0; b < blocks_; ++b) {
     const size_t at = state(page.index, b);
@@ -300,7 +300,7 @@ void DecodeTile::weigh(const Page& page, float* accumulators, float* sums, const
                               std::exchange(fetch, {}));
           break;
         case DecodeSource::Form::expanded:
-          kernels_.weigh_expanded(expanded, side.dim, p, factor, acc);
+          kernels_.weigh_expanded(expanded, side.dim, p, factor, acc, std::exchange(fetch, {}));
       }
     }
     if (promoted && side.layered) {

@@ -8,8 +8,8 @@
 namespace thriftattn {
 
 // Only where cpu_has_avx512_bf16().
-void lay_out_codes(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
+void lay_out_codes(const StoredRows& in, int64_t dim, ExpandedRows& out);
 // Only where cpu_has_avx512_vbmi().
-void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
+void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, ExpandedRows& out);
 
 }  // namespace thriftattn

@@ -179,13 +179,13 @@ struct Q4Rows {
 struct Q8Chunk {
   __m512i first, second;
 
+  static __m512i join(__m256i a, __m256i b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  }
   Q8Chunk(const uint8_t* in, int64_t d, int64_t dim) {
     const uint8_t* blocks = in + d / kGroup * kQ8BlockBytes + 2;
     const auto block = [&](int64_t g) {
       return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + g * kQ8BlockBytes));
-    };
-    const auto join = [](__m256i a, __m256i b) {
-      return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
     };
     const __m256i none = _mm256_setzero_si256();
     const int64_t groups = (dim - d) / kGroup;
@@ -235,11 +235,10 @@ inline void lay_out_scales(const StoredRows& in, int64_t dim, int64_t t, Expande
 
 // Rows without a token have the scale 0, and codes of 0.
 template <class Rows>
-void lay_out_nibbles(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+void lay_out_nibbles(const StoredRows& in, int64_t dim, ExpandedRows& out) {
   constexpr bool kInPlace = std::is_same_v<Rows, Mxfp4Rows>;
   auto* codes = reinterpret_cast<uint8_t*>(out.values);
   for (int64_t t = 0; t < kPageTokens; t += 2) {
-    next.fetch(t, 2);
     lay_out_scales<Rows>(in, dim, t, out);
     if constexpr (!kInPlace) {
       for (int64_t row = t; row < t + 2; ++row) {
@@ -261,13 +260,11 @@ void lay_out_nibbles(const StoredRows& in, int64_t dim, const NextRows& next, Ex
 
 // Always part of its caller, whose instruction set is that of the rows.
 template <class Rows>
-[[gnu::always_inline]] inline void lay_out_ordered(const StoredRows& in, int64_t dim,
-                                                   const NextRows& next, ExpandedRows& out) {
+[[gnu::always_inline]] inline void lay_out_ordered(const StoredRows& in, int64_t dim, ExpandedRows& out) {
   const Rows rows;
   const int64_t row_elements = (dim + kChunk - 1) / kChunk * kChunk;
   auto* values = reinterpret_cast<uint16_t*>(out.values);
   for (int64_t t = 0; t < kPageTokens; t += 2) {
-    next.fetch(t, 2);
     lay_out_scales<Q8Rows>(in, dim, t, out);
     for (int64_t row = t; row < t + 2; ++row) {
       uint16_t* to = values + row * row_elements;
@@ -285,16 +282,16 @@ template <class Rows>
 
 }  // namespace
 
-void lay_out_codes(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
+void lay_out_codes(const StoredRows& in, int64_t dim, ExpandedRows& out) {
   switch (in.format) {
     case Format::mxfp4:
-      return lay_out_nibbles<Mxfp4Rows>(in, dim, next, out);
+      return lay_out_nibbles<Mxfp4Rows>(in, dim, out);
     case Format::int3:
-      return lay_out_nibbles<Int3Rows>(in, dim, next, out);
+      return lay_out_nibbles<Int3Rows>(in, dim, out);
     case Format::q4_0:
-      return lay_out_nibbles<Q4Rows>(in, dim, next, out);
+      return lay_out_nibbles<Q4Rows>(in, dim, out);
     default:
-      return lay_out_ordered<Q8Rows>(in, dim, next, out);
+      return lay_out_ordered<Q8Rows>(in, dim, out);
   }
 }
 
@@ -356,10 +353,9 @@ struct Q8TableRows {
 
 }  // namespace
 
-void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, const NextRows& next,
-                        ExpandedRows& out) {
-  if (in.format != Format::q8_0) return lay_out_codes(in, dim, next, out);
-  lay_out_ordered<Q8TableRows>(in, dim, next, out);
+void lay_out_codes_vbmi(const StoredRows& in, int64_t dim, ExpandedRows& out) {
+  if (in.format != Format::q8_0) return lay_out_codes(in, dim, out);
+  lay_out_ordered<Q8TableRows>(in, dim, out);
 }
 
 }  // namespace thriftattn

@@ -10,7 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attend/next_rows.h"
 #include "cache/page_layout.h"
 #include "thriftattn/policy.h"
 
@@ -52,13 +51,12 @@ struct ExpandedRows {
 // bf16 itself and NVFP4, which have kernels of their own, and f32 and fp16, which BF16 would take
 // digits from (throws Error). Only where cpu_has_avx512_bf16().
 constexpr int64_t expanded_bf16_stride(int64_t dim) { return (dim + 63) / 64 * 64; }
-void expand_rows_bf16(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
+void expand_rows_bf16(const StoredRows& in, int64_t dim, ExpandedRows& out);
 // The same values without byte permutes (VBMI), whatever the machine has: what tests compare with.
-void expand_rows_bf16_without_vbmi(const StoredRows& in, int64_t dim, const NextRows& next,
-                                   ExpandedRows& out);
+void expand_rows_bf16_without_vbmi(const StoredRows& in, int64_t dim, ExpandedRows& out);
 #endif
 
 // FP32 [64][dim] of any format by the codecs of src/formats, every scale in the values.
-void expand_rows_f32(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out);
+void expand_rows_f32(const StoredRows& in, int64_t dim, ExpandedRows& out);
 
 }  // namespace thriftattn

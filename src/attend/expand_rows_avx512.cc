@@ -28,7 +28,6 @@ namespace thriftattn {
 namespace {
 
 constexpr int64_t kVector = 32;  // BF16 elements
-constexpr int64_t kFetch = 4;    // rows between two calls of NextRows::fetch()
 
 struct Words {
   alignas(64) uint16_t v[kVector];
@@ -149,13 +148,11 @@ struct Fp8Expander {
 
 // Always part of its caller, whose instruction set is the expander's.
 template <class Expander>
-[[gnu::always_inline]] inline void expand_all(const StoredRows& in, int64_t dim,
-                                              const NextRows& next, ExpandedRows& out) {
+[[gnu::always_inline]] inline void expand_all(const StoredRows& in, int64_t dim, ExpandedRows& out) {
   const Expander expander;
   const int64_t stride = expanded_bf16_stride(dim);
   auto* values = reinterpret_cast<uint16_t*>(out.values);
   for (int64_t t = 0; t < kPageTokens; ++t) {
-    if (t % kFetch == 0) next.fetch(t, kFetch);
     out.scale[t] = t < in.tokens ? expander.row_scale(in, t) : 0.0f;
     if (t >= in.tokens) continue;
     for (int64_t d = 0; d < dim; d += Expander::kStep) {
@@ -167,8 +164,8 @@ template <class Expander>
 }
 
 template <class Expander>
-void expand_with(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
-  expand_all<Expander>(in, dim, next, out);
+void expand_with(const StoredRows& in, int64_t dim, ExpandedRows& out) {
+  expand_all<Expander>(in, dim, out);
 }
 
 }  // namespace
@@ -237,8 +234,8 @@ struct Fp6TableExpander {
 };
 
 template <class Expander>
-void expand_with_vbmi(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
-  expand_all<Expander>(in, dim, next, out);
+void expand_with_vbmi(const StoredRows& in, int64_t dim, ExpandedRows& out) {
+  expand_all<Expander>(in, dim, out);
 }
 
 }  // namespace
@@ -249,7 +246,7 @@ THRIFTATTN_END_TARGET
 namespace thriftattn {
 namespace {
 
-using Expand = void (*)(const StoredRows&, int64_t, const NextRows&, ExpandedRows&);
+using Expand = void (*)(const StoredRows&, int64_t, ExpandedRows&);
 
 Expand expander_of(Format format, bool vbmi) {
   switch (base_format(format)) {
@@ -280,13 +277,12 @@ Expand expander_of(Format format, bool vbmi) {
 
 }  // namespace
 
-void expand_rows_bf16(const StoredRows& in, int64_t dim, const NextRows& next, ExpandedRows& out) {
-  expander_of(in.format, cpu_has_avx512_vbmi())(in, dim, next, out);
+void expand_rows_bf16(const StoredRows& in, int64_t dim, ExpandedRows& out) {
+  expander_of(in.format, cpu_has_avx512_vbmi())(in, dim, out);
 }
 
-void expand_rows_bf16_without_vbmi(const StoredRows& in, int64_t dim, const NextRows& next,
-                                   ExpandedRows& out) {
-  expander_of(in.format, false)(in, dim, next, out);
+void expand_rows_bf16_without_vbmi(const StoredRows& in, int64_t dim, ExpandedRows& out) {
+  expander_of(in.format, false)(in, dim, out);
 }
 
 }  // namespace thriftattn

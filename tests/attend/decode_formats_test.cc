@@ -125,7 +125,7 @@ TEST(ExpandRows, ForBf16IsTheCodecsValue) {
         for (const int64_t tokens : {1, 7, 64}) {
           const Stored in(format, dim, tokens, static_cast<uint32_t>(dim + tokens));
           std::memset(static_cast<void*>(out.get()), 0xff, sizeof(*out));  // NaN
-          expand(in.view, dim, {}, *out);
+          expand(in.view, dim, *out);
           ASSERT_EQ(out->tokens, in.view.tokens);
           for (int64_t t = 0; t < in.view.tokens; ++t) {
             for (int64_t d = 0; d < dim; ++d) {
@@ -150,7 +150,7 @@ TEST(ExpandRows, ForBf16RefusesWhatItWouldTakeDigitsFrom) {
   auto out = std::make_unique<ExpandedRows>();
   for (const Format format : {Format::f32, Format::fp16, Format::bf16, Format::nvfp4}) {
     expect_refusal(ErrorCode::unsupported, "use expand_rows_f32",
-                   [&] { expand_rows_bf16({.format = format}, 64, {}, *out); });
+                   [&] { expand_rows_bf16({.format = format}, 64, *out); });
   }
 }
 
@@ -164,7 +164,7 @@ TEST(ExpandRows, F32IsTheCodecsValue) {
       for (const int64_t tokens : {1, 9, 64}) {
         const Stored in(info.format, dim, tokens, static_cast<uint32_t>(dim));
         std::memset(static_cast<void*>(out.get()), 0xff, sizeof(*out));
-        expand_rows_f32(in.view, dim, {}, *out);
+        expand_rows_f32(in.view, dim, *out);
         ASSERT_EQ(std::memcmp(out->values, in.values.data(), in.values.size() * sizeof(float)), 0)
             << info.name << " D " << dim;
       }

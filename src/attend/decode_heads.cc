@@ -23,11 +23,15 @@ DecodeHeads::DecodeHeads(const LayerView& view, const AttendRequest& request, co
     of_head.kv_head = h;
     heads_.emplace_back(view, request, of_head, kernels);
   }
-  const int64_t bytes = heads_.front().weights_bytes(), stride = kv_heads * bytes;
-  weights_ = scratch.take(heads_.front().pages() * stride / static_cast<int64_t>(sizeof(float)));
-  auto* data = reinterpret_cast<std::byte*>(weights_.get());
+  const DecodeTile& any = heads_.front();
+  const int64_t bytes = any.weights_bytes(), stride = kv_heads * bytes;
+  const int64_t weights = any.pages() * stride / static_cast<int64_t>(sizeof(float));
+  memory_ = scratch.take(weights + kv_heads * any.floats());
   for (int64_t h = 0; h < kv_heads; ++h) {
-    heads_[static_cast<size_t>(h)].set_weights({.data = data + h * bytes, .stride = stride});
+    heads_[static_cast<size_t>(h)].set_memory(
+        {.weights = reinterpret_cast<std::byte*>(memory_.get()) + h * bytes,
+         .weights_stride = stride,
+         .floats = memory_.get() + weights + h * any.floats()});
   }
 }
 

@@ -29,7 +29,8 @@ class DecodeHeads {
   void accumulate(int64_t split, int64_t head_begin, int64_t head_end);
 
   std::vector<DecodeTile> heads_;
-  ScratchPool::Lease weights_;  // [pages][heads][blocks]: written and read in that order
+  // [pages][heads][blocks] of weights, written and read in that order; then the heads' floats.
+  ScratchPool::Lease memory_;
 };
 
 }  // namespace thriftattn

@@ -39,19 +39,26 @@ DecodeTile::DecodeTile(const LayerView& view, const AttendRequest& request, cons
   blocks_ = (rows_ + kRowBlock - 1) / kRowBlock;
   layered_ = store_.layout.any_layered();
 
-  const auto states = static_cast<size_t>(pages() * blocks_ * kRowBlock);
   v_scale_.assign(static_cast<size_t>(pages()), 1.0f);
-  m_.resize(states);
-  l_.resize(states);
-  mass_.resize(states);
-  factor_.resize(states);
-  final_mass_.resize(states);
   lse_.assign(static_cast<size_t>(blocks_ * kRowBlock), kNegInf);
   reads_.assign(static_cast<size_t>(pages() * spec.positions), PageRead::base);
   promote_.assign(static_cast<size_t>(spec.positions), static_cast<float>(store_.policy.promote));
-  accumulators_.resize(static_cast<size_t>(splits()));
-  sums_.resize(static_cast<size_t>(splits()));
   pack_queries();
+}
+
+int64_t DecodeTile::floats() const {
+  const int64_t lines = (5 * states() + 15) / 16;
+  return lines * 16 + splits() * split_floats();
+}
+
+void DecodeTile::set_memory(const Memory& memory) {
+  memory_ = memory;
+  m_ = memory.floats;
+  l_ = m_ + states();
+  mass_ = l_ + states();
+  factor_ = mass_ + states();
+  final_mass_ = factor_ + states();
+  sums_ = memory.floats + (floats() - splits() * split_floats());
 }
 
 DecodeTile::Page DecodeTile::page(int64_t index) const {
@@ -181,7 +188,7 @@ void DecodeTile::combine() {
     for (int64_t r = 0; r < kRowBlock; ++r) lse[r] = SoftmaxScalar{m[r], l[r]}.lse();
     kernels_.page_masses(&m_[first], &l_[first], pages(), lse, &mass_[first], &factor_[first]);
   }
-  final_mass_ = mass_;
+  std::copy_n(mass_, states(), final_mass_);
   if (store_.policy.max_promoted < 1 && layered_) apply_cap();
   for (int64_t j = range_.begin; j < range_.sealed_end() && layered_; ++j) decide(page(j));
 }
@@ -317,16 +324,12 @@ bool DecodeTile::reads_values(int64_t page) const {
 }
 
 void DecodeTile::begin_split(int64_t split) {
-  const int64_t floats = blocks_ * kernels_.accumulator_floats(store_.layout.v.dim);
-  AlignedFloats acc = aligned_buffer<float>(floats);
-  std::fill_n(acc.get(), floats, 0.0f);
-  accumulators_[static_cast<size_t>(split)] = std::move(acc);
-  sums_[static_cast<size_t>(split)].assign(static_cast<size_t>(blocks_ * kRowBlock), 0.0f);
+  std::fill_n(split_sums(split), split_floats(), 0.0f);
 }
 
 void DecodeTile::weigh_page(int64_t split, int64_t index, const NextRows& next) {
-  const auto s = static_cast<size_t>(split);
-  weigh(page(index), accumulators_[s].get(), sums_[s].data(), next);
+  float* sums = split_sums(split);
+  weigh(page(index), sums, sums + accumulator_floats(), next);
 }
 
 NextRows DecodeTile::keys_to_come(int64_t index) const {
@@ -345,10 +348,10 @@ void DecodeTile::write_output() {
   const int64_t dim = store_.layout.v.dim;
   const int64_t step = kernels_.accumulator_floats(dim);
   // The splits' sums, in their order.
-  AlignedFloats acc = std::move(accumulators_.front());
-  for (size_t s = 1; s < accumulators_.size(); ++s) {
-    const float* more = accumulators_[s].get();
-    for (int64_t i = 0; i < blocks_ * step; ++i) acc[static_cast<size_t>(i)] += more[i];
+  float* acc = split_sums(0);
+  for (int64_t split = 1; split < splits(); ++split) {
+    const float* more = split_sums(split);
+    for (int64_t i = 0; i < split_floats(); ++i) acc[i] += more[i];
   }
   std::vector<float> o(static_cast<size_t>(dim));
   for (int64_t r = 0; r < rows_; ++r) {
@@ -359,8 +362,8 @@ void DecodeTile::write_output() {
       total = softmax_rescale(request_.sink_logits[q_head(r)], lse);
     }
     std::fill(o.begin(), o.end(), 0.0f);
-    for (const std::vector<float>& sums : sums_) total += sums[static_cast<size_t>(r)];
-    kernels_.add_row(acc.get() + r / kRowBlock * step, dim, r % kRowBlock, o.data());
+    total += acc[accumulator_floats() + r];
+    kernels_.add_row(acc + r / kRowBlock * step, dim, r % kRowBlock, o.data());
     // Back to V's own basis, once: H is linear, so what was summed in its basis needs no more.
     if (store_.layout.v.rotated) hadamard_rows(o.data(), 1, dim, dim);
     const float inverse = total > 0 ? 1.0f / total : 0.0f;

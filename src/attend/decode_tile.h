@@ -4,8 +4,8 @@
 // everything visible, each page's mass decides its precision and the values are weighed. All
 // partial sums are relative to that LSE, so splits are added, in their order.
 //
-// This is the path of AttendMath::fast for every pair of formats under the mass rule; AttendTile does
-// the other rules, and everything in AttendMath::f32.
+// This is the path of AttendMath::fast for every pair of formats under the mass rule; AttendTile
+// does the other rules, and everything in AttendMath::f32.
 #pragma once
 
 #include <cstdint>
@@ -27,11 +27,13 @@ class DecodeTile {
   // side is FP32 or FP16, which BF16 would take digits from.
   static const DecodeKernels& kernels_for(const LayerStore& store);
 
-  // Where a tile keeps its weights between the phases: page j's of all blocks at data + j * stride,
-  // weights_bytes() of them, pages counted from the first that it reads.
-  struct Weights {
-    std::byte* data = nullptr;
-    int64_t stride = 0;
+  // Memory of the caller, uninitialised, on 64-byte lines. Weights between the phases: page j's of
+  // all blocks, weights_bytes() of them, at weights + j * weights_stride, pages counted from the
+  // first that is read. Sums and states: floats() of them.
+  struct Memory {
+    std::byte* weights = nullptr;
+    int64_t weights_stride = 0;
+    float* floats = nullptr;
   };
 
   DecodeTile(const LayerView& view, const AttendRequest& request, const TileSpec& spec,
@@ -39,7 +41,8 @@ class DecodeTile {
 
   int64_t pages() const { return range_.pages(); }
   int64_t weights_bytes() const { return blocks_ * kernels_.weights_bytes; }
-  void set_weights(const Weights& weights) { weights_ = weights; }  // before anything below
+  int64_t floats() const;
+  void set_memory(const Memory& memory);  // before anything below
 
   int64_t splits() const { return range_.splits(); }
   // Pages of a split: [first, last). Phase 1 takes any page in any order, phase 2 those of a split
@@ -66,11 +69,19 @@ class DecodeTile {
 
   Page page(int64_t index) const;
   std::byte* weights(int64_t page, int64_t block) {
-    return weights_.data + (page - range_.begin) * weights_.stride + block * kernels_.weights_bytes;
+    return memory_.weights + (page - range_.begin) * memory_.weights_stride +
+           block * kernels_.weights_bytes;
   }
   size_t state(int64_t page, int64_t block) const {
     return static_cast<size_t>((block * pages() + page - range_.begin) * kRowBlock);
   }
+  int64_t states() const { return pages() * blocks_ * kRowBlock; }
+  int64_t accumulator_floats() const {
+    return blocks_ * kernels_.accumulator_floats(store_.layout.v.dim);
+  }
+  // A split's accumulators, then the sums of weights of its rows.
+  int64_t split_floats() const { return accumulator_floats() + kMaxBlocks * kRowBlock; }
+  float* split_sums(int64_t split) const { return sums_ + split * split_floats(); }
   int64_t position_of(int64_t row) const { return row / group_; }
   // The layer's query head of a row: the index into q, out, lse and sink_logits.
   int64_t q_head(int64_t row) const {
@@ -106,16 +117,16 @@ class DecodeTile {
 
   std::vector<float> queries_;  // [blocks * 4][dim] FP32, transformed and scaled
   AlignedBuffer<std::byte> packed_;
-  Weights weights_;                          // exp(s - m) of each page
-  std::vector<float> v_scale_;               // [pages]: kept from phase 1, which has the line
-  std::vector<float> m_, l_;                 // [block][pages][4]: each page's own state
-  std::vector<float> mass_, factor_;         // [block][pages][4], relative to lse_
-  std::vector<float> final_mass_;            // [block][pages][4]: after promotion
-  std::vector<float> lse_;                   // [blocks * 4], of base scores, sinks included
-  std::vector<PageRead> reads_;              // [pages][positions]
-  std::vector<float> promote_;               // [positions]: the policy's, or higher by the cap
-  std::vector<AlignedFloats> accumulators_;  // per split, [blocks]
-  std::vector<std::vector<float>> sums_;     // per split, [blocks * 4]: of weights
+  Memory memory_;
+  // In memory_. States are [block][pages][4], masses relative to lse_.
+  float *m_ = nullptr, *l_ = nullptr;  // each page's own
+  float *mass_ = nullptr, *factor_ = nullptr;
+  float* final_mass_ = nullptr;  // after promotion
+  float* sums_ = nullptr;        // per split: split_floats()
+  std::vector<float> v_scale_;   // [pages]: kept from phase 1, which has the line
+  std::vector<float> lse_;       // [blocks * 4], of base scores, sinks included
+  std::vector<PageRead> reads_;  // [pages][positions]
+  std::vector<float> promote_;   // [positions]: the policy's, or higher by the cap
 };
 
 }  // namespace thriftattn

@@ -15,6 +15,7 @@
 #include "attend/decode_kernels.h"
 #include "attend/decode_tile.h"
 #include "attend/expand_rows.h"
+#include "base/aligned.h"
 #include "base/cpu_info.h"
 #include "base/float_convert.h"
 #include "formats/format_info.h"
@@ -298,6 +299,42 @@ TEST(DecodeFormats, MatchesReferenceAcrossSplits) {
                   .queries = 3};
     o.q_gain = 3.0f;
     expect_close(o, name_of(k, v, o.length));
+  }
+}
+
+// NaN in what lies behind the last token, where a longer sequence may have been, changes nothing.
+TEST(DecodeFormats, RowsWithoutATokenAreNotRead) {
+  constexpr int64_t kDim = 96, kTokens = 7;
+  std::vector<float> query(kDim, 1.0f);
+  const float* rows[kRowBlock] = {query.data(), query.data(), nullptr, nullptr};
+  const float offset[kRowBlock] = {}, factor[kRowBlock] = {1, 1, 1, 1};
+  for (const DecodeKernels* kernels : {decode_kernels_bf16(), decode_kernels_f32()}) {
+    if (kernels == nullptr) continue;
+    std::vector<float> results[2];
+    for (const bool poison : {false, true}) {
+      std::vector<uint16_t> values(kPageTokens * kDim, poison ? 0x7fc0 : 0);
+      std::fill_n(values.begin(), kTokens * kDim, uint16_t{0x3f80});
+      const Bf16Rows page{values.data(), kDim, kTokens};
+      auto q = aligned_buffer<std::byte>(kernels->query_bytes(kDim));
+      auto p = aligned_buffer<std::byte>(kernels->weights_bytes);
+      auto acc = aligned_buffer<float>(kernels->accumulator_floats(kDim));
+      std::fill_n(acc.get(), kernels->accumulator_floats(kDim), 0.0f);
+      alignas(64) float s[kBlockScores];
+      kernels->pack_queries(rows, kDim, q.get());
+      kernels->score_bf16(page, kDim, q.get(), 1, offset, s, {});
+      std::vector<float>& result = results[poison];
+      result.assign(s, s + kBlockScores);
+      for (int64_t t = 0; t < kPageTokens; ++t) {
+        for (int64_t r = 0; r < kRowBlock; ++r) s[score_index(t, r)] = t < kTokens ? 1.0f : 0.0f;
+      }
+      kernels->store_weights(s, kAllRows, p.get());
+      kernels->weigh_bf16(page, kDim, p.get(), factor, acc.get(), {});
+      result.resize(kBlockScores + kDim);
+      kernels->add_row(acc.get(), kDim, 1, &result[kBlockScores]);
+    }
+    EXPECT_EQ(results[true][score_index(0, 1)], kDim) << kernels->name;
+    EXPECT_EQ(results[true][kBlockScores], kTokens) << kernels->name;
+    EXPECT_TRUE(same_bits(results[false], results[true])) << kernels->name;
   }
 }
 

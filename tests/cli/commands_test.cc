@@ -185,7 +185,7 @@ TEST_F(CliCommands, Policies) {
 TEST_F(CliCommands, Formats) {
   const Outcome table = box_.run({"formats"});
   EXPECT_EQ(table.code, 0) << table.err;
-  EXPECT_TRUE(table.out.starts_with("page format version 1; "));
+  EXPECT_TRUE(table.out.starts_with("page format version 2; "));
   const std::string docs = Sandbox::read(std::string(THRIFTATTN_SOURCE_DIR) + "/docs/formats.md");
   EXPECT_NE(docs.find("\n" + table.out), std::string::npos) << "docs/formats.md has another ladder";
   const json all = json::parse(box_.run({"formats", "-o", "json"}).out);
@@ -217,7 +217,7 @@ TEST_F(CliCommands, Formats) {
 
   const std::string csv = box_.run({"formats", "-o", "csv"}).out;
   EXPECT_TRUE(csv.starts_with("page_format_version,format,aliases,bits_per_element,"));
-  EXPECT_NE(csv.find("\n1,q8_0,int8,8.5,8,1,32,"), std::string::npos) << csv;
+  EXPECT_NE(csv.find("\n2,q8_0,int8,8.5,8,1,32,"), std::string::npos) << csv;
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 14);
   EXPECT_EQ(box_.run({"formats", "-o", "yaml"}).code, 2);
 }

@@ -303,7 +303,7 @@ TEST(CliVersion, SaysWhatRuns) {
   EXPECT_EQ(r.code, 0);
   EXPECT_TRUE(r.out.starts_with("thriftattn ")) << r.out;
   for (const char* part : {"\nSIMD ", " runs; available: ", "\nBF16 ", "\noneDNN ",
-                           "\npage format  1", "\nprompt cache 1"}) {
+                           "\npage format  2", "\nprompt cache 1"}) {
     EXPECT_SAYS(r.out, part);
   }
   // The chosen target is the first of the available ones.

@@ -2,8 +2,11 @@
 # make test   set up, build, all tests, sanitizers, fuzzers: what CI requires
 # make build  set up and build the release preset (build/release/thriftattn)
 # make setup  install the Debian packages that are missing (as root or with sudo)
+# make cuda-all   every CUDA target for every head_dim, its log in build/cuda-all/build.log
+# make gpu-test   the GPU tests, on a machine with an NVIDIA GPU
+# make gpu-bench  timings on such a machine, into out/gpu-bench.jsonl
 # make clean  remove build/ and out/
-.PHONY: build demo test setup clean
+.PHONY: build demo test setup clean cuda-all gpu-test gpu-bench
 .DEFAULT_GOAL := build
 
 setup:
@@ -17,6 +20,15 @@ demo: build
 
 test: setup
 	@tools/test.sh
+
+cuda-all:
+	@tools/build.sh cuda-all
+
+gpu-test:
+	@tools/gpu.sh test
+
+gpu-bench:
+	@tools/gpu.sh bench
 
 clean:
 	rm -rf build out

@@ -10,8 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-LAYERS = ["base", "formats", "policy", "cache", "precision", "plan", "attend", "bench", "engine",
-          "cli"]
+LAYERS = ["base", "formats", "policy", "cache", "precision", "plan", "attend", "cuda",
+          "bench", "engine", "cli"]
 RANK = {name: i for i, name in enumerate(LAYERS)}
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.M)
 MAX_LINES = 800
@@ -53,7 +53,7 @@ def check_file(path, text, exists):
 
     if not text.startswith("//"):
         findings.append((1, "starts without a comment that says what the file is for"))
-    if path.endswith(".h") and not path.endswith("-inl.h") and "#pragma once" not in text:
+    if path.endswith((".h", ".cuh")) and not path.endswith("-inl.h") and "#pragma once" not in text:
         findings.append((1, "has no #pragma once"))
     lines = text.count("\n")
     if lines > MAX_LINES:
@@ -66,7 +66,7 @@ def check_tree(root):
     failed = 0
     for top in ("include", "src"):
         for path in sorted((root / top).rglob("*")):
-            if path.suffix not in (".h", ".cc"):
+            if path.suffix not in (".h", ".cc", ".cu", ".cuh"):
                 continue
             count += 1
             name = path.relative_to(root).as_posix()

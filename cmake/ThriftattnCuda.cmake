@@ -1,0 +1,87 @@
+# The CUDA backend: where nvcc is found (THRIFTATTN_CUDA=AUTO), always (ON) or never (OFF).
+#
+# sm_90a is compiled whole. The other targets take code too, and CI has two cores, so by default
+# they get what models mostly need, head_dim 128; THRIFTATTN_CUDA_ALL=ON (make cuda-all) compiles
+# every target x head_dim. A device without its code says so at the first launch.
+set(THRIFTATTN_CUDA AUTO CACHE STRING "The CUDA backend: AUTO, ON or OFF")
+set_property(CACHE THRIFTATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(THRIFTATTN_CUDA_ALL "Compile every CUDA target for every head_dim" OFF)
+set(thriftattn_cuda_least 12.8)  # sm_120
+
+set(THRIFTATTN_WITH_CUDA OFF)
+if(NOT THRIFTATTN_CUDA STREQUAL "OFF")
+  find_program(THRIFTATTN_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH ENV CUDA_HOME
+               PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  set(why "no nvcc was found")
+  if(THRIFTATTN_NVCC)
+    execute_process(COMMAND ${THRIFTATTN_NVCC} --version OUTPUT_VARIABLE text ERROR_QUIET)
+    string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${text}")
+    set(version "${CMAKE_MATCH_1}")
+    if(version VERSION_GREATER_EQUAL thriftattn_cuda_least)
+      set(THRIFTATTN_WITH_CUDA ON)
+    else()
+      set(why "${THRIFTATTN_NVCC} is version ${version}, ${thriftattn_cuda_least} or later is needed")
+    endif()
+  endif()
+  if(THRIFTATTN_WITH_CUDA)
+    set(CMAKE_CUDA_COMPILER ${THRIFTATTN_NVCC} CACHE FILEPATH "CUDA compiler")
+    set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+    if(CCACHE_PROGRAM AND NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
+      set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
+    endif()
+    enable_language(CUDA)
+    # CMake 3.25 does not know that this nvcc has C++20.
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
+    find_package(CUDAToolkit REQUIRED)
+    set(part "for head_dim 128")
+    if(THRIFTATTN_CUDA_ALL)
+      set(part "whole")
+    endif()
+    message(STATUS "CUDA backend: nvcc ${version}; sm_90a whole; sm_80, sm_89, sm_120 ${part}")
+  elseif(THRIFTATTN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "THRIFTATTN_CUDA=ON: ${why}; install the CUDA toolkit or set THRIFTATTN_CUDA=OFF")
+  else()
+    message(STATUS "CUDA backend: left out, ${why}; set CMAKE_CUDA_COMPILER or THRIFTATTN_CUDA=ON")
+  endif()
+endif()
+
+# Adds the kernels to the library `target`, as objects with their own flags.
+function(thriftattn_add_cuda target)
+  file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cuda/*.cu)
+  add_library(thriftattn_kernels OBJECT ${kernels})
+  target_include_directories(thriftattn_kernels PRIVATE
+    ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+  target_compile_definitions(thriftattn_kernels PRIVATE THRIFTATTN_WITH_CUDA)
+  target_compile_options(thriftattn_kernels PRIVATE
+    --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers)
+  set_target_properties(thriftattn_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  set(others)
+  foreach(sm IN ITEMS 80 89 120)
+    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
+  endforeach()
+  foreach(kernel IN LISTS kernels)
+    set(flags)
+    if(THRIFTATTN_CUDA_ALL OR NOT kernel MATCHES "_(64|192|256)\\.cu$")
+      list(APPEND flags ${others})
+    endif()
+    if(kernel MATCHES "/append\\.cu$")
+      list(APPEND flags --fmad=false)  # the order of operations is the page format
+    endif()
+    set_source_files_properties(${kernel} PROPERTIES COMPILE_OPTIONS "${flags}")
+  endforeach()
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:thriftattn_kernels>)
+  target_compile_definitions(${target} PRIVATE THRIFTATTN_WITH_CUDA)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+endfunction()
+
+# thriftattn_cuda_bench, of bench/: timings on a GPU machine (make gpu-bench).
+function(thriftattn_add_cuda_bench)
+  add_executable(thriftattn_cuda_bench ${PROJECT_SOURCE_DIR}/bench/attend_cuda_bench.cu)
+  target_include_directories(thriftattn_cuda_bench PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  target_compile_options(thriftattn_cuda_bench PRIVATE --expt-relaxed-constexpr)
+  set_property(TARGET thriftattn_cuda_bench PROPERTY CUDA_RUNTIME_LIBRARY Static)
+  target_link_libraries(thriftattn_cuda_bench PRIVATE thriftattn)
+endfunction()

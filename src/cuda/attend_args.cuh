@@ -1,0 +1,116 @@
+// What the attend kernels get by value, and what a block of query rows sees. Scores are base-2
+// logarithms inside the kernels: softmax_scale * log2(e) is folded into q'.
+#pragma once
+
+#include "cuda/device_tables.cuh"
+
+namespace thriftattn::cuda {
+
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr float kLn2 = 0.693147180559945309f;
+inline constexpr int kPage = static_cast<int>(kPageTokens);
+
+struct AttendArgs {
+  Geometry g;
+  AttendLimits limits;
+  AttendCall call;
+  Workspace ws;
+  int64_t first_q = 0;    // first position of this pass within the step
+  int32_t positions = 1;  // of this pass, at most
+  int32_t tile_rows = 8, row_tiles = 1, splits = 1;
+  int32_t prefill = 0, causal = 1;
+  float softmax_scale = 1, softcap = 0;  // softcap in base-2 units; 0 = none
+  float hadamard_factor = 1;
+  float log2_promote = 0, log2_skip = 0;  // of the thresholds
+};
+
+template <class T>
+__device__ T* workspace_at(const AttendArgs& a, int64_t offset) {
+  return reinterpret_cast<T*>(static_cast<uint8_t*>(a.call.workspace) + offset);
+}
+
+// What the query rows of one block see: positions i of the pass, pages as a list of items.
+struct TileView {
+  SequenceTables t;
+  int first_position = 0;  // of i = 0
+  int length = 0, committed = 0;
+  int rows = 0;                    // of the pass: positions * group; row = i * group + head
+  int first_row = 0, end_row = 0;  // of the tile
+  int i_first = 0, i_last = 0;
+  int page_begin = 0, page_end = 0;
+  int sealed_items = 0;  // items [0, sealed) are pages page_begin + item in their tier
+  int open_first = 0;    // then open pages open_first + ...
+  int items = 0;         // 0: nothing to do
+  int window = 0;        // 0: none
+  bool causal = true, prefill = false;
+
+  __device__ int end(int i) const { return causal ? first_position + i + 1 : length; }
+  __device__ int begin(int i) const {
+    return window == 0 ? 0 : max(0, first_position + i + 1 - window);
+  }
+  // Layered pages from this one on are read in open form by position i.
+  __device__ int open_from(int i) const {
+    return static_cast<int>(static_cast<unsigned>(prefill ? committed : end(i) - 1) / kPage);
+  }
+};
+
+__device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
+  TileView v;
+  v.t = sequence_tables(a.call.tables, a.limits, a.g, seq);
+  v.length = static_cast<int>(v.t.length);
+  v.window = static_cast<int>(min(a.g.window, int64_t{1} << 30));
+  v.causal = a.causal != 0;
+  v.prefill = a.prefill != 0;
+  v.committed = static_cast<int>(v.t.length - v.t.step);
+  v.first_position = v.committed + static_cast<int>(a.first_q);
+  const int positions = min(a.positions, static_cast<int>(v.t.step - a.first_q));
+  if (positions <= 0) return v;
+  v.rows = positions * a.g.group;
+  v.first_row = tile * a.tile_rows;
+  v.end_row = min(v.rows, v.first_row + a.tile_rows);
+  if (v.first_row >= v.end_row) return v;
+  v.i_first = v.first_row / a.g.group;
+  v.i_last = (v.end_row - 1) / a.g.group;
+  v.page_begin = v.begin(v.i_first) / kPage;
+  v.page_end = (v.end(v.i_last) - 1) / kPage + 1;
+  if (a.g.any_layered()) {
+    v.sealed_items = max(0, v.open_from(v.i_last) - v.page_begin);
+    v.open_first = max(v.open_from(v.i_first), v.page_begin);
+    v.items = v.sealed_items + v.page_end - v.open_first;
+  } else {
+    v.sealed_items = v.items = v.page_end - v.page_begin;
+  }
+  return v;
+}
+
+// The record of a page for a tile of rows: 4 page scales (K, V, residual K, residual V), then q'.mean
+// a row. Open pages have theirs behind those of the sealed ones.
+__device__ inline float* page_record(const AttendArgs& a, int64_t seq_head, int tile, int index) {
+  const int64_t pages = a.limits.max_pages + a.ws.open_records;
+  return workspace_at<float>(a, a.ws.records) +
+         ((seq_head * a.row_tiles + tile) * pages + index) * (4 + a.tile_rows);
+}
+
+__device__ inline float log2_add(float a, float b) {
+  const float top = fmaxf(a, b);
+  if (top == -INFINITY) return top;
+  return top + log2f(exp2f(a - top) + exp2f(b - top));
+}
+
+// log2 of a floor of the sum of exp over everything visible to a row; by a whole warp.
+__device__ inline float row_floor_of_warp(const AttendArgs& a, int64_t seq_head, int row,
+                                          int q_head) {
+  const float* floors =
+      workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
+  float sum = -INFINITY;
+  for (int64_t c = threadIdx.x % 32; c < a.ws.chunks; c += 32) {
+    sum = log2_add(sum, floors[c * a.ws.rows]);
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    sum = log2_add(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+  }
+  if (a.call.sink_logits != nullptr) sum = log2_add(sum, a.call.sink_logits[q_head] * kLog2e);
+  return sum;
+}
+
+}  // namespace thriftattn::cuda

@@ -1,0 +1,162 @@
+// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works). A block is
+// a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a partial.
+#pragma once
+
+#include "cuda/attend_decode_scores.cuh"
+#include "cuda/attend_decode_values.cuh"
+#include "cuda/attend_decode_walk.cuh"
+
+namespace thriftattn::cuda {
+
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::run() {
+  sort_items();
+  if (a_.g.k.layered()) {
+    walk_planes();
+  } else {
+    walk_rows();
+  }
+  if (others_ == 0 && !__any_sync(0xffffffffu, noted_ != 0)) return;
+  // A function of its own, on a copy of its own, so that registers are shared out among the walks
+  // without it: kept inline it made them spill.
+  DecodeWarp copy(*this);
+  rest_of(copy);
+  take_sums(copy);
+}
+
+template <int D, int NT>
+__device__ __noinline__ void DecodeWarp<D, NT>::rest_of(DecodeWarp& warp) {
+  DecodeWarp own(warp);
+  own.walk_rest();
+  warp.take_sums(own);
+}
+
+// Items that are not simple, then what was promoted.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::walk_rest() {
+  k_end_ = others_;
+  issue_k();
+  Pending cur, last;
+  last.units = last.issued = 0;
+  bool has = false;
+  for (int n = 0;; ++n) {
+    if (n == others_) {  // what was noted is next
+      again_ = static_cast<int>(__reduce_add_sync(0xffffffffu, __popc(noted_)));
+      k_end_ = others_ + again_;
+      if (again_ != 0) issue_k();
+    }
+    const bool have = n < others_ + again_;
+    cur.units = cur.issued = 0;
+    if (have) scores(n, cur);
+    if (has) values(last, cur);
+    if (!have) return;
+    has = true;
+    last = cur;
+  }
+}
+
+// The warp's state to shared memory: O [8 NT][D], then m and l of each row.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::leave(float* to) const {
+  constexpr int kWords = D / 64;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          to[(8 * n + 2 * j_ + (e & 1)) * D + 8 * (g_ * kWords + w) + 2 * i + (e >> 1)] =
+              o_[4 * w + i][n][e];
+        }
+      }
+    }
+  }
+  if (g_ != 0) return;
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) {
+    to[8 * NT * D + 2 * column_row(c)] = m_[c];
+    to[8 * NT * D + 2 * column_row(c) + 1] = l_[c];
+  }
+}
+
+template <int D, int NT>
+__global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3 : D <= 128 ? 2 : 1)
+    attend_decode(const __grid_constant__ AttendArgs a) {
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  BlockShared<D, NT>& shared = *reinterpret_cast<BlockShared<D, NT>*>(shared_bytes);
+  const int split = blockIdx.y, seq = blockIdx.z;
+  const int head = blockIdx.x / a.row_tiles, tile = blockIdx.x % a.row_tiles;
+  const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
+  const int warp = threadIdx.x / 32;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  {
+    const TileView v = tile_view(a, seq, tile);
+    if (split >= splits_of(v.items)) return;
+    if (threadIdx.x == 0) shared.view = v;
+    for (int r = threadIdx.x; r < 8 * NT; r += 32 * kWarps) {
+      const int row = v.first_row + r;
+      const bool real = row < v.end_row;
+      shared.position[r] = real ? row / a.g.group : -1;
+      shared.row_factor[r] =
+          real ? workspace_at<const float>(a, a.ws.row_factor)[seq_head * a.ws.rows + row] : 0.0f;
+      if (!real) shared.floor[r] = INFINITY;
+    }
+    for (int row = v.first_row + warp; row < v.end_row; row += kWarps) {
+      const float floor = row_floor_of_warp(a, seq_head, row, head * a.g.group + row % a.g.group);
+      if (threadIdx.x % 32 == 0) shared.floor[row - v.first_row] = floor;
+    }
+  }
+  __syncthreads();
+  DecodeWarp<D, NT> decode(a, shared, warp, head, tile, seq, split);
+  decode.run();
+
+  constexpr int kRows = 8 * NT, kState = kRows * (D + 2);
+  static_assert(kWarps * kState * 4 <= sizeof(WarpShared<D, NT>) * kWarps);
+  float* states = reinterpret_cast<float*>(shared_bytes);
+  __syncthreads();  // no warp's ring is in use any more
+  decode.leave(states + warp * kState);
+  __syncthreads();
+  const int64_t first = (seq_head * a.splits + split) * a.ws.rows + shared.view.first_row;
+  float* out = workspace_at<float>(a, a.ws.partial_o) + first * D;
+  float2* ml = workspace_at<float2>(a, a.ws.partial_ml) + first;
+  for (int i = threadIdx.x; i < kRows * D; i += 32 * kWarps) {
+    const int row = i / D;
+    float top = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states[w * kState + kRows * D + 2 * row]);
+    float o = 0, l = 0;
+    if (top > -INFINITY) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float* s = states + w * kState;
+        const float factor = exp2f(s[kRows * D + 2 * row] - top);
+        l += s[kRows * D + 2 * row + 1] * factor;
+        if (factor > 0) o += s[i] * factor;
+      }
+    }
+    out[i] = o;
+    if (i % D == 0) ml[row] = make_float2(top, l);
+  }
+}
+
+template <int D, int NT>
+void launch_decode_tile(const AttendArgs& a, cudaStream_t stream) {
+  const int bytes = static_cast<int>(sizeof(BlockShared<D, NT>));
+  check(cudaFuncSetAttribute(attend_decode<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             bytes),
+        "attend_decode");
+  const dim3 grid(a.g.kv_heads * a.row_tiles, a.splits, static_cast<unsigned>(a.limits.batch));
+  launch_after_previous(attend_decode<D, NT>, {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)}, a,
+                        stream, "attend_decode");
+}
+
+template <int D>
+void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
+  if (n_tiles == 1) return launch_decode_tile<D, 1>(a, stream);
+  launch_decode_tile<D, 2>(a, stream);
+}
+
+}  // namespace thriftattn::cuda

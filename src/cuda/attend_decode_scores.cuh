@@ -1,0 +1,408 @@
+// Scores of an item, its softmax, and how each query row reads it (attend_decode_warp.cuh).
+#pragma once
+
+#include "cuda/attend_decode_warp.cuh"
+
+namespace thriftattn::cuda {
+
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::scores_nvfp4(const uint8_t* codes,
+                                                float (&s)[4][NT][4]) const {
+  constexpr int kWords = D / 32;
+  const uint8_t* scales = codes + 32 * D;
+  const uint2* q = kQueryInRegisters ? nullptr : query_nvfp4();
+#pragma unroll
+  for (int slice = 0; slice < 4; ++slice) {
+    uint32_t x[2][kWords], scale[2][D / 64];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = 16 * slice + 8 * r + perm_;
+      const uint8_t* at = codes + token * (D / 2) + j_ * (D / 8);
+      if constexpr (kWords % 4 == 0) {
+#pragma unroll
+        for (int w = 0; w < kWords; w += 4) {
+          const uint4 y = *reinterpret_cast<const uint4*>(at + 4 * w);
+          x[r][w] = y.x, x[r][w + 1] = y.y, x[r][w + 2] = y.z, x[r][w + 3] = y.w;
+        }
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWords; w += 2) {
+          const uint2 y = *reinterpret_cast<const uint2*>(at + 4 * w);
+          x[r][w] = y.x, x[r][w + 1] = y.y;
+        }
+      }
+      const uint8_t* sc = scales + token * (D / 16) + j_ * (D / 64);
+      if constexpr (D == 128) {
+        const uint32_t both = *reinterpret_cast<const uint16_t*>(sc);
+        scale[r][0] = scale_both(both & 0xffu);
+        scale[r][1] = scale_both(both >> 8);
+      } else {
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) scale[r][i] = scale_both(sc[i]);
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const Expanded lo = expand_e2m1(x[0][w]), hi = expand_e2m1(x[1][w]);
+      const uint32_t s0 = scale[0][w / 2], s1 = scale[1][w / 2];
+      const uint32_t even[4] = {hmul2(lo.even_low, s0), hmul2(hi.even_low, s1),
+                                hmul2(lo.even_high, s0), hmul2(hi.even_high, s1)};
+      const uint32_t odd[4] = {hmul2(lo.odd_low, s0), hmul2(hi.odd_low, s1),
+                               hmul2(lo.odd_high, s0), hmul2(hi.odd_high, s1)};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        uint2 b0, b1;
+        if constexpr (kQueryInRegisters) {
+          b0 = q_[2 * w], b1 = q_[2 * w + 1];
+        } else {
+          b0 = q[(n * (D / 16) + 2 * w) * 32], b1 = q[(n * (D / 16) + 2 * w + 1) * 32];
+        }
+        mma_f16(s[slice][n], even, b0.x, b0.y);
+        mma_f16(s[slice][n], odd, b1.x, b1.y);
+      }
+    }
+  }
+}
+
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::scores_bf16(const uint8_t* rows, float (&s)[NT][4]) const {
+  const uint4* q = workspace_at<const uint4>(a_, a_.ws.q_bf16) +
+                   ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
+                       (D / 16) * 32 +
+                   lane_;
+  const uint8_t* at = rows + perm_ * StageSizes<D>::kRowStride + 16 * j_;
+#pragma unroll
+  for (int c = 0; c < D / 32; ++c) {
+    const uint4 x = *reinterpret_cast<const uint4*>(at + 64 * c);
+    const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * StageSizes<D>::kRowStride + 64 * c);
+    const uint32_t first[4] = {x.x, y.x, x.y, y.y}, second[4] = {x.z, y.z, x.w, y.w};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const uint4 b0 = q[(n * (D / 16) + 2 * c) * 32];
+      const uint4 b1 = q[(n * (D / 16) + 2 * c + 1) * 32];
+      mma_bf16(s[n], first, b0.x, b0.y);
+      mma_bf16(s[n], second, b1.x, b1.y);
+      mma_bf16(s[n], first, b0.z, b0.w);  // what BF16 left of q
+      mma_bf16(s[n], second, b1.z, b1.w);
+    }
+  }
+}
+
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::scores_fp8(const uint8_t* rows, int slice,
+                                              float (&s)[NT][4]) const {
+  const uint2* q = workspace_at<const uint2>(a_, a_.ws.q_fp8) +
+                   ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
+                       (D / 16) * 32 +
+                   lane_;
+  const uint8_t* row0 = rows + (16 * slice + perm_) * (D + 4);
+  const uint8_t* row1 = row0 + 8 * (D + 4);
+#pragma unroll
+  for (int c = 0; c < D / 16; ++c) {
+    const uint32_t x = *reinterpret_cast<const uint32_t*>(row0 + 4 + j_ * (D / 4) + 4 * c);
+    const uint32_t y = *reinterpret_cast<const uint32_t*>(row1 + 4 + j_ * (D / 4) + 4 * c);
+    const uint32_t k[4] = {expand_e4m3(x), expand_e4m3(y), expand_e4m3(x >> 8), expand_e4m3(y >> 8)};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const uint2 b = q[(n * (D / 16) + c) * 32];
+      mma_f16(s[n], k, b.x, b.y);
+    }
+  }
+  const float scale0 = *reinterpret_cast<const float*>(row0) * 256.0f;
+  const float scale1 = *reinterpret_cast<const float*>(row1) * 256.0f;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    s[n][0] *= scale0, s[n][1] *= scale0, s[n][2] *= scale1, s[n][3] *= scale1;
+  }
+}
+
+// The page's own maximum and sum of every column, and P.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::softmax(float (&s)[4][NT][4], Pending& p) const {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float top = fmaxf(s[0][n][e], s[0][n][e + 2]);
+#pragma unroll
+      for (int i = 1; i < 4; ++i) top = fmaxf(top, fmaxf(s[i][n][e], s[i][n][e + 2]));
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+      }
+      const float shift = top == -INFINITY ? 0.0f : top - 10.0f;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float p0 = exp2_approx(s[i][n][e] - shift);
+        const float p1 = exp2_approx(s[i][n][e + 2] - shift);
+        sum += p0 + p1;
+        s[i][n][e] = p0, s[i][n][e + 2] = p1;
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      p.m[2 * n + e] = top;
+      p.l[2 * n + e] = sum * 0x1p-10f;
+    }
+    {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const __half2 a = __floats2half2_rn(s[i][n][0], s[i][n][1]);
+        const __half2 b = __floats2half2_rn(s[i][n][2], s[i][n][3]);
+        p.p[i][n][0] = transpose_8x8(reinterpret_cast<const uint32_t&>(a));
+        p.p[i][n][1] = transpose_8x8(reinterpret_cast<const uint32_t&>(b));
+      }
+    }
+  }
+}
+
+// The rows that promote an item, bits in the workspace between the walk and the second reading.
+template <int D, int NT>
+__device__ uint32_t* DecodeWarp<D, NT>::noted_rows(int item) const {
+  return workspace_at<uint32_t>(a_, a_.ws.noted) +
+         ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.row_tiles + tile_) * (a_.limits.max_pages + a_.ws.open_records) + item;
+}
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::note_columns(int item, uint32_t columns) const {
+  uint32_t rows = 0;
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) rows |= (columns >> c & 1u) << column_row(c);
+  rows = __reduce_or_sync(0xffffffffu, rows);
+  if (lane_ == 0) *noted_rows(item) = rows;
+  __syncwarp();
+}
+template <int D, int NT>
+__device__ uint32_t DecodeWarp<D, NT>::noted_columns(int item) const {
+  const uint32_t rows = *reinterpret_cast<volatile uint32_t*>(noted_rows(item));
+  uint32_t columns = 0;
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) columns |= (rows >> column_row(c) & 1u) << c;
+  return columns;
+}
+
+// The general case: rows of several positions that may do different things.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::decide_by_position(const ItemNote& note, int page,
+                                                      const float (&mass)[2 * NT],
+                                                      Pending& cur) const {
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) {
+    const int i = b_.position[column_row(c)];
+    // The largest of the position's heads. Every lane has its columns' masses: a round of the four
+    // lanes that share a token.
+    float top = -INFINITY;
+#pragma unroll
+    for (int other = 0; other < 4; ++other) {
+#pragma unroll
+      for (int k = 0; k < 2 * NT; ++k) {
+        const float value = __shfl_sync(0xffffffffu, mass[k], other, 4);
+        if (b_.position[k / 2 * 8 + 2 * other + (k & 1)] == i) top = fmaxf(top, value);
+      }
+    }
+    if (i < 0) continue;
+    const bool has = note.residual >= 0 && (v_.prefill || residual_in_reach(page, i));
+    if (has && (always_full() || (rules_ && top > a_.log2_promote))) {
+      cur.out |= 1u << c;
+    } else if (rules_ && a_.g.skip > 0 && !(top > a_.log2_skip) && skippable(page, i)) {
+      cur.skip |= 1u << c;
+    }
+  }
+}
+
+// How each column reads a sealed item: what it promotes is noted for the second reading.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::decide(const ItemNote& note, int page, Pending& cur) {
+  if (!(note.flags & (kItemPromotable | kItemSkippable | kItemMixed))) {
+    write_decisions(page, Decision::base, ~0u, 0, false);
+    return;
+  }
+  float mass[2 * NT];
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) {
+    mass[c] = cur.l[c] > 0 ? cur.m[c] + __log2f(cur.l[c]) - b_.floor[column_row(c)] : -INFINITY;
+  }
+  if (v_.i_first == v_.i_last && !(note.flags & kItemMixed)) {
+    float top = mass[0];
+#pragma unroll
+    for (int c = 1; c < 2 * NT; ++c) top = fmaxf(top, mass[c]);
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    if ((note.flags & kItemPromotable) && top > a_.log2_promote) {
+      cur.out = ~0u;
+    } else if ((note.flags & kItemSkippable) && !(top > a_.log2_skip)) {
+      cur.skip = ~0u;
+    }
+  } else {
+    decide_by_position(note, page, mass, cur);
+  }
+  write_decisions(page, Decision::base, ~cur.out & ~cur.skip, cur.skip, false);
+  if (!__any_sync(0xffffffffu, (cur.out | cur.skip) != 0)) return;
+  uint32_t real = 0;
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) real |= b_.position[column_row(c)] >= 0 ? 1u << c : 0u;
+  if (__any_sync(0xffffffffu, (cur.out & real) != 0)) {
+    const int n = (note.item - first_item_) / stride_;
+    if (lane_ == (n >> 5)) noted_ |= 1u << (n & 31);
+    note_columns(note.item, cur.out & real);
+  }
+  if (!__any_sync(0xffffffffu, (real & ~cur.out) != 0)) {
+    cur.units = 0;
+  } else if (!__any_sync(0xffffffffu, (real & ~cur.out & ~cur.skip) != 0)) {
+    cur.units = 1;
+    cur.mean_only = true;
+  }
+}
+
+// Scores of item n, its softmax, and how each column reads it.
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
+  const ItemNote note = s_.notes[n % kNotes];
+  const bool open = note.kind() == kItemOpen;
+  const bool planes = a_.g.k.layered() && !open;
+  const float* record = s_.record[n % 2];
+  float s[4][NT][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][t][e] = 0;
+    }
+  }
+  cur.note = n % kNotes;
+  cur.issued = 0;
+  cur.mean_only = false;
+  cur.out = cur.skip = 0;
+  cur.units = units_of(a_.g.v, note.kind(), note.held());
+  // One unit: the base planes; two: base and residual; or 16 or 32 rows at a time.
+  const int units = units_of(a_.g.k, note.kind(), note.held());
+  float k_factor = 1.0f;
+  float2 offset[NT];
+  for (int u = 0; u < units; ++u) {
+    const int stage = k_used_ % kStages;
+    barrier_wait(&s_.k_bar[stage], k_used_ / kStages & 1);
+    if (u == 0) {
+      // Before this stage is given back, because the record may go with it.
+      if (planes) k_factor = record[0] * 128.0f;
+      cur.v_scale = record[1];
+      cur.v_res_scale = record[3];
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        offset[t] = *reinterpret_cast<const float2*>(record + 4 + 8 * t + 2 * j_);
+      }
+    }
+    if (planes) {
+      // base * (scale / residual scale) + residual, all times the residual scale; but a ratio
+      // beyond FP32's reach means that the residual is nothing beside the base.
+      bool adds = true;
+      if (u == 1) {
+        const float ratio = record[0] / record[2];
+        adds = ratio < 0x1p60f;
+        if (adds) {
+          k_factor = record[2] * 128.0f;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) s[i][t][e] *= ratio;
+            }
+          }
+        }
+      }
+      if (adds) scores_nvfp4(s_.k[stage], s);
+    } else if (a_.g.k.kind == SideKind::fp8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i / 2 == u) scores_fp8(s_.k[stage], i % 2, s[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i == u) scores_bf16(s_.k[stage], s[i]);
+      }
+    }
+    ++k_used_;
+    __syncwarp();
+    // The next item's record lies apart from this one's; the one behind it is not asked for
+    // before this item's last unit is used.
+    issue_k();
+  }
+  // Linear scores, in base-2 units.
+  const bool fp16_query = planes || a_.g.k.kind == SideKind::fp8;
+#pragma unroll
+  for (int t = 0; t < NT; ++t) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float f = fp16_query ? k_factor * b_.row_factor[column_row(2 * t + e)] : 1.0f;
+      const float off = e ? offset[t].y : offset[t].x;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[i][t][e] = fmaf(s[i][t][e], f, off);
+        s[i][t][e + 2] = fmaf(s[i][t][e + 2], f, off);
+      }
+    }
+  }
+  if (a_.softcap > 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[i][t][e] = a_.softcap * tanhf(s[i][t][e] / a_.softcap);
+      }
+    }
+  }
+  const int page = item_page(note.item);
+  if (!(note.flags & kItemWhole)) {
+#pragma unroll
+    for (int c = 0; c < 2 * NT; ++c) {
+      const int i = b_.position[column_row(c)];
+      const bool seen = i >= 0 && (!a_.g.any_layered() || (page < v_.open_from(i)) != open);
+      const int lo = seen ? max(0, v_.begin(i) - page * kPage) : kPage;
+      const int hi = seen ? min(kPage, v_.end(i) - page * kPage) : 0;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const int token = 8 * k + perm_;
+        if (token < lo || token >= hi) s[k / 2][c / 2][(c & 1) + 2 * (k & 1)] = -INFINITY;
+      }
+    }
+  }
+  softmax(s, cur);
+  if (note.kind() == kItemSealed && a_.g.any_layered()) {
+    decide(note, page, cur);
+    return;
+  }
+  uint32_t promoted = ~0u;
+  Decision decision = open ? Decision::open : Decision::plain;
+  if (note.kind() == kItemFull || note.kind() == kItemAgain) {
+    if (note.kind() == kItemAgain) promoted = noted_columns(note.item);
+    cur.out = ~promoted;
+    decision = Decision::full;
+  }
+  write_decisions(page, decision, promoted, 0, open);
+}
+
+template <int D, int NT>
+__device__ void DecodeWarp<D, NT>::write_decisions(int page, Decision decision,
+                                                   uint32_t columns, uint32_t skipping,
+                                                   bool open) const {
+  if (a_.call.decisions == nullptr || g_ != 0) return;
+#pragma unroll
+  for (int c = 0; c < 2 * NT; ++c) {
+    const int i = b_.position[column_row(c)];
+    if (i < 0 || (v_.first_row + column_row(c)) % a_.g.group != 0) continue;
+    if (a_.g.any_layered() && (page < v_.open_from(i)) == open) continue;
+    uint8_t* to = a_.call.decisions +
+                  ((seq_ * a_.limits.step_tokens + a_.first_q + i) * a_.limits.max_pages + page) *
+                      a_.g.kv_heads +
+                  head_;
+    if (skipping >> c & 1) {
+      *to = static_cast<uint8_t>(Decision::skip);
+    } else if (columns >> c & 1) {
+      *to = static_cast<uint8_t>(decision);
+    }
+  }
+}
+
+}  // namespace thriftattn::cuda

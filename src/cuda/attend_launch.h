@@ -1,0 +1,21 @@
+// The launchers of the attend kernels; one stem a kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/plan.h"
+
+namespace thriftattn::cuda {
+
+struct AttendArgs;
+
+AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& call);
+void launch_prepare(const AttendArgs& a, cudaStream_t stream);
+void launch_merge(const AttendArgs& a, cudaStream_t stream);
+
+// attend_decode<dim, n_tiles>, instantiated in attend_decode_<dim>.cu.
+void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
+template <int Dim>
+void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
+
+}  // namespace thriftattn::cuda

@@ -1,0 +1,114 @@
+// AttendPlan: checks, the query tile, the splits, the workspace (plan.h).
+#include "cuda/plan.h"
+
+#include <fmt/format.h>
+
+#include "thriftattn/error.h"
+
+namespace thriftattn::cuda {
+namespace {
+
+// Counts only: the same walk gives the offsets and the size.
+class Layout {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t at = at_;
+    at_ += (bytes + 255) / 256 * 256;
+    return at;
+  }
+  int64_t bytes() const { return at_; }
+
+ private:
+  int64_t at_ = 0;
+};
+
+void check_limits(const LayerPolicy& policy, const AttendLimits& limits) {
+  if (limits.batch < 1 || limits.batch > 65535 || limits.max_pages < 1 || limits.step_tokens < 1) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("CUDA plan: batch = {}, max_pages = {}, step_tokens = {}; each must be at "
+                            "least 1, batch at most 65535",
+                            limits.batch, limits.max_pages, limits.step_tokens));
+  }
+  if (limits.max_pages > kMaxPages) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("CUDA plan: max_pages = {}; required: lengths of {} tokens; supported: {} "
+                            "pages; missing: longer splits",
+                            limits.max_pages, limits.max_pages * kPageTokens, kMaxPages));
+  }
+  const bool layered = is_layered(policy.k_format) || is_layered(policy.v_format);
+  if (layered && limits.open_pages < pages_touched(limits)) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("CUDA plan: open_pages = {}, but a step of {} tokens touches up to {} pages",
+                            limits.open_pages, limits.step_tokens, pages_touched(limits)));
+  }
+}
+
+Workspace lay_out(const AttendPlan::State& s) {
+  const int64_t heads = s.limits.batch * s.shape.kv_heads;
+  const int64_t dim = s.shape.head_dim_k;
+  Workspace w;
+  w.rows = int64_t{8} * s.n_tiles * s.row_tiles;
+  w.open_records = pages_touched(s.limits);
+  w.page_chunks =
+      (s.limits.max_pages + w.open_records + kPrepareThreads - 1) / kPrepareThreads;
+  w.chunks = w.page_chunks + 1;
+  Layout layout;
+  w.q_nvfp4 = layout.take(heads * w.rows * dim * 2);
+  w.q_fp8 = layout.take(heads * w.rows * dim * 2);
+  w.q_bf16 = layout.take(heads * w.rows * dim * 4);
+  w.row_factor = layout.take(heads * w.rows * 4);
+  w.floors = layout.take(heads * w.chunks * w.rows * 4);
+  w.records = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * (4 + 8 * s.n_tiles) * 4);
+  w.noted = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * 4);
+  w.partial_o = layout.take(heads * s.splits * w.rows * dim * 4);
+  w.partial_ml = layout.take(heads * s.splits * w.rows * 8);
+  w.bytes = layout.bytes();
+  return w;
+}
+
+}  // namespace
+
+AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
+                       const AttendLimits& limits) {
+  auto s = std::make_shared<State>();
+  s->shape = shape;
+  s->policy = policy;
+  s->limits = limits;
+  s->geometry = make_geometry(shape, policy);
+  check_limits(policy, limits);
+  const DeviceInfo device = device_info();
+  s->device = device.index;
+  s->major = device.major;
+  s->minor = device.minor;
+  if (device.major < 8) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("CUDA: device {} ({}) has compute capability {}.{}; required: 8.0; "
+                            "supported: 8.0, 8.9, 9.0, 12.0; missing: kernels for older devices",
+                            device.index, device.name, device.major, device.minor));
+  }
+  s->positions = std::min(limits.step_tokens, kMaxPositions);
+  const int64_t rows = s->positions * s->geometry.group;
+  s->n_tiles = rows <= 8 ? 1 : 2;
+  s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
+  // A page may be read sealed by some rows and open by others.
+  s->splits = splits_of(limits.max_pages + 1);
+  s->workspace = lay_out(*s);
+  state_ = std::move(s);
+}
+
+int64_t AttendPlan::workspace_bytes() const { return state_->workspace.bytes; }
+const LayerShape& AttendPlan::shape() const { return state_->shape; }
+const LayerPolicy& AttendPlan::policy() const { return state_->policy; }
+const AttendLimits& AttendPlan::limits() const { return state_->limits; }
+
+std::string AttendPlan::explain() const {
+  const State& s = *state_;
+  return fmt::format(
+      "attend_decode: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
+      "of at least {} pages, K {}, V {}, workspace {:.1f} MB",
+      s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k, s.row_tiles, s.splits, kMinSplitItems,
+      to_string(s.policy.k_format), to_string(s.policy.v_format),
+      static_cast<double>(s.workspace.bytes) * 1e-6);
+}
+
+}  // namespace thriftattn::cuda

@@ -1,0 +1,233 @@
+// attend() on the device against FP64 over the values as stored, read as the device says it did.
+// The bound is that of FP16 queries and FP16 weights with FP32 sums.
+#include <gtest/gtest.h>
+
+#ifdef THRIFTATTN_WITH_CUDA
+#include <cuda_runtime.h>
+#endif
+
+#include "cuda/device_case.h"
+
+namespace thriftattn::testing {
+namespace {
+
+constexpr double kTightCuda = 2.5e-3;
+
+CaseOptions options(LayerPolicy policy, int64_t length) {
+  CaseOptions o;
+  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
+  o.policy = policy;
+  o.length = length;
+  o.equalizer = true;
+  return o;
+}
+
+LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
+  base.k_format = k;
+  base.v_format = v;
+  return base;
+}
+
+TEST(CudaAttend, MatchesTruthOverPoliciesAndLengths) {
+  SKIP_WITHOUT_DEVICE();
+  const std::pair<const char*, LayerPolicy> policies[] = {
+      {"nvfp4", layered_policy(1.0, 0.0)},
+      {"nvfp4x2", mix(Format::nvfp4x2, Format::nvfp4x2)},
+      {"bf16", plain_policy(Format::bf16)},
+      {"fp8", plain_policy(Format::fp8_e4m3)},
+      {"sealed", sealed_policy(64, 192)},
+      {"promote", layered_policy(0.03, 0.0)},
+      {"promote and skip", layered_policy(0.05, 0.004)},
+      {"bf16 K, nvfp4 V", mix(Format::bf16, Format::nvfp4)},
+      {"nvfp4 K, fp8 V", mix(Format::nvfp4, Format::fp8_e4m3)},
+      {"fp8 K, nvfp4x2 V", mix(Format::fp8_e4m3, Format::nvfp4x2)},
+  };
+  for (const auto& [name, policy] : policies) {
+    for (const int64_t length : {0, 1, 63, 64, 65, 130, 700, 2111}) {
+      DeviceCase c({options(policy, length)});
+      c.check(std::string(name) + ", length " + std::to_string(length), kTightCuda);
+    }
+  }
+}
+
+TEST(CudaAttend, MatchesTruthOverShapes) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t dim : {64, 128, 192, 256}) {
+    for (const int64_t group : {1, 3, 4, 8, 12, 16, 40, 64}) {
+      CaseOptions o = options(layered_policy(0.04, 0.003), 1000);
+      o.shape = {.kv_heads = 1, .q_heads = group, .head_dim_k = dim, .head_dim_v = dim};
+      DeviceCase c({o});
+      c.check("head_dim " + std::to_string(dim) + ", group " + std::to_string(group), kTightCuda);
+    }
+    for (const Format f : {Format::bf16, Format::fp8_e4m3}) {
+      CaseOptions o = options(plain_policy(f), 300);
+      o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = dim, .head_dim_v = dim};
+      DeviceCase c({o});
+      c.check("head_dim " + std::to_string(dim) + ", plain " + std::string(to_string(f)), kTightCuda);
+    }
+  }
+}
+
+TEST(CudaAttend, WindowSoftcapSinksOffset) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy :
+       {layered_policy(0.05, 0.004), plain_policy(Format::bf16), sealed_policy(64, 128)}) {
+    for (const int64_t window : {0, 1, 64, 100, 300}) {
+      CaseOptions o = options(policy, 777);
+      o.shape.window = window;
+      o.sink_logits = window != 100;
+      o.softcap = window == 300 ? 20.0f : 0.0f;
+      o.k_offset = 3.0f;
+      DeviceCase c({o});
+      c.check("window " + std::to_string(window), kTightCuda);
+    }
+  }
+}
+
+TEST(CudaAttend, Verify) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(0.04, 0.004), sealed_policy(64, 128),
+                                    plain_policy(Format::bf16), mix(Format::nvfp4x2, Format::nvfp4x2)}) {
+    for (const int64_t queries : {2, 3, 8, 16}) {
+      for (const int64_t length : {0, 60, 120, 505, 640}) {
+        CaseOptions o = options(policy, length);
+        o.queries = queries;
+        DeviceCase c({o});
+        c.check(std::to_string(queries) + " queries, length " + std::to_string(length), kTightCuda);
+      }
+    }
+  }
+}
+
+TEST(CudaAttend, Prefill) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(0.04, 0.004), sealed_policy(64, 128),
+                                    plain_policy(Format::bf16)}) {
+    CaseOptions o = options(policy, 300);
+    o.queries = 150;
+    o.mode = AttendMode::prefill;
+    DeviceCase c({o});
+    c.check("prefill", kTightCuda);
+    o.causal = false;
+    DeviceCase all({o});
+    all.check("prefill, not causal", kTightCuda);
+  }
+}
+
+TEST(CudaAttend, RaggedBatchAndTheRule) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  for (const float gain : {0.7f, 1.0f}) {
+    std::vector<CaseOptions> cases;
+    for (const int64_t length : {5, 64, 1111, 3000, 700}) {
+      CaseOptions o = options(layered_policy(0.05, 0.04), length);
+      o.q_gain = gain;
+      o.equalizer = false;  // it belongs to the model, and differs by seed here
+      o.seed = static_cast<uint32_t>(length);
+      cases.push_back(o);
+    }
+    DeviceCase c(cases);
+    c.check("ragged", kTightCuda);
+    c.check_rule("ragged", &promoted, &skipped);
+  }
+  EXPECT_GT(promoted, 5);
+  EXPECT_GT(skipped, 5);
+}
+
+TEST(CudaAttend, RunsAreBitwiseEqual) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = options(layered_policy(0.03, 0.003), 5000);
+  DeviceCase c({o, o, o});
+  const auto first = c.attend();
+  for (int run = 1; run < 20; ++run) {
+    const auto again = c.attend();
+    ASSERT_EQ(std::memcmp(first.out.data(), again.out.data(), first.out.size() * 4), 0) << run;
+    ASSERT_EQ(std::memcmp(first.lse.data(), again.lse.data(), first.lse.size() * 4), 0) << run;
+  }
+  // And do not depend on the batch: equal sequences, equal bits.
+  const size_t row = first.out.size() / 3;
+  EXPECT_EQ(std::memcmp(&first.out[0], &first.out[2 * row], row * 4), 0);
+}
+
+TEST(CudaAttend, SlotsBeyond2To31Bytes) {
+  SKIP_WITHOUT_DEVICE();
+  if (cuda::device_info().memory_free < int64_t{8} << 30) GTEST_SKIP() << "needs 8 GiB of device memory";
+  for (const LayerPolicy& policy : {layered_policy(0.05, 0.004), plain_policy(Format::bf16)}) {
+    DeviceCase c({options(policy, 900)});
+    c.move_pages((int64_t{5} << 30) / cuda::slot_sizes(c.shape(), c.policy()).page);
+    c.check("slots from 5 GiB on", kTightCuda);
+  }
+}
+
+#ifdef THRIFTATTN_WITH_CUDA
+TEST(CudaAttend, GraphReplayFollowsTheLengths) {
+  SKIP_WITHOUT_DEVICE();
+  // Plain pages: any shorter length is a state of the same cache.
+  DeviceCase c({options(plain_policy(Format::bf16), 700)});
+  const auto longest = c.attend();
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  cuda::attend(c.plan(), c.call(), stream);
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  for (const int32_t length : {701, 130, 64, 1, 701}) {
+    c.lengths()[0] = length;
+    cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, stream);
+    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+    cuda::synchronize(stream);
+    const auto replayed = c.read();
+    const auto direct = c.attend();
+    ASSERT_EQ(std::memcmp(replayed.out.data(), direct.out.data(), direct.out.size() * 4), 0) << length;
+    const bool same = std::memcmp(direct.out.data(), longest.out.data(), direct.out.size() * 4) == 0;
+    EXPECT_EQ(same, length == 701) << length;
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+#endif
+
+TEST(CudaPlan, RefusesWhatNoKernelServes) {
+  SKIP_WITHOUT_DEVICE();
+  const auto refused = [](LayerShape shape, LayerPolicy policy, const char* part) {
+    try {
+      cuda::AttendPlan plan(shape, policy, {.batch = 1, .max_pages = 8});
+      ADD_FAILURE() << "accepted: " << part;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  };
+  const LayerShape shape{.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
+  LayerShape other = shape;
+  other.head_dim_k = other.head_dim_v = 96;
+  refused(other, layered_policy(1, 0), "head_dim");
+  other = shape;
+  other.head_dim_v = 64;
+  refused(other, layered_policy(1, 0), "two widths");
+  other = shape;
+  other.q_heads = 256;
+  refused(other, layered_policy(1, 0), "query heads");
+  refused(shape, plain_policy(Format::q8_0), "q8_0");
+}
+
+TEST(CudaMemory, OutOfMemoryNamesAskedHeldAndFree) {
+  SKIP_WITHOUT_DEVICE();
+  cuda::DeviceMemory some(1 << 20);
+  try {
+    cuda::DeviceMemory much(int64_t{1} << 50);
+    FAIL() << "a petabyte was given";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::out_of_memory);
+    for (const char* word : {"asked", "held", "free"}) {
+      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+  }
+  cuda::fill(some.data(), 0, some.bytes(), nullptr);
+  cuda::synchronize(nullptr);
+}
+
+}  // namespace
+}  // namespace thriftattn::testing

@@ -1,0 +1,29 @@
+#!/bin/sh
+# tools/gpu.sh test|bench: what needs an NVIDIA GPU, on the machine it is on. `test` runs the GPU tests,
+# which fail here where there is no device; `bench` writes out/gpu-bench.jsonl (and PyTorch's SDPA on
+# the same shapes where it is installed), with date, device, driver and commit on top.
+set -eu
+cd "$(dirname "$0")/.."
+if ! command -v nvidia-smi >/dev/null; then
+  echo "gpu: no nvidia-smi here; run this on a machine with an NVIDIA GPU and its driver" >&2
+  exit 1
+fi
+tools/build.sh release
+case ${1:-} in
+  test)
+    build/release/tests/test_cuda
+    ;;
+  bench)
+    mkdir -p out
+    {
+      echo "# $(date -u +%Y-%m-%dT%H:%MZ), $(git rev-parse --short HEAD 2>/dev/null || echo unknown commit)"
+      nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sed 's/^/# /'
+      build/release/thriftattn_cuda_bench
+      if python3 -c 'import torch' 2>/dev/null; then python3 bench/sdpa_bench.py; fi
+    } | tee out/gpu-bench.jsonl
+    ;;
+  *)
+    echo "usage: tools/gpu.sh test|bench" >&2
+    exit 2
+    ;;
+esac

@@ -367,12 +367,14 @@ DeviceEngine::~DeviceEngine() = default;
 std::shared_ptr<DeviceEngine> DeviceEngine::load(std::shared_ptr<const Model> model, ComputeType) {
   (void)model;
   (void)cuda::device_info();
-  throw Error(ErrorCode::unsupported, "this build has no CUDA backend");
+  throw Error(ErrorCode::unsupported,
+              "this engine was built without CUDA; required: nvcc 12.8 or later and the header of "
+              "cuBLASLt when CMake runs; supported here: the CPU");
 }
 
 namespace {
 [[noreturn]] void unreachable() {
-  throw Error(ErrorCode::unsupported, "this build has no CUDA backend");
+  throw Error(ErrorCode::unsupported, "this engine was built without CUDA");
 }
 }  // namespace
 

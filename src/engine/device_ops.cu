@@ -166,11 +166,14 @@ __global__ void __launch_bounds__(kThreads) count_reads_kernel(const CountArgs a
   for (int64_t page = begin / kPageTokens + lane; page * kPageTokens < end; page += 32) {
     const int64_t from = page * kPageTokens > begin ? page * kPageTokens : begin;
     const int64_t to = (page + 1) * kPageTokens < end ? (page + 1) * kPageTokens : end;
-    // Without decisions all is plain; the query's own page counts as open, as on the CPU.
-    int how = static_cast<int>(page == (end - 1) / kPageTokens ? cuda::Decision::open
-                                                               : cuda::Decision::plain);
+    // Without decisions all is plain.
+    int how = static_cast<int>(cuda::Decision::plain);
     if (a.decisions != nullptr) how = a.decisions[(i * a.max_pages + page) * a.kv_heads + head];
     if (how > 5) how = 0;
+    // The query's own page counts as open, as on the CPU.
+    if (how == static_cast<int>(cuda::Decision::plain) && page == (end - 1) / kPageTokens) {
+      how = static_cast<int>(cuda::Decision::open);
+    }
     bits += static_cast<uint64_t>(a.costs.fixed[how] + (to - from) * a.costs.per_token[how]);
     const auto is = [&](cuda::Decision d) { return how == static_cast<int>(d); };
     pages += is(cuda::Decision::base) || is(cuda::Decision::full) || is(cuda::Decision::skip);

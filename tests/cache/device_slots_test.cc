@@ -176,7 +176,7 @@ TEST(DeviceSlots, SameBytesAndUsageAsInCpuMemory) {
     t.cpu.free(fa);
     t.far.free(fb);
     // Into the open page, and into one that is sealed.
-    for (const int64_t length : {t.cpu.length(a) - 2, int64_t{220}}) {
+    for (const int64_t length : {t.cpu.length(a) - 2, int64_t{250}}) {
       t.cpu.truncate(a, length);
       t.far.truncate(b, length);
       t.expect_same(a, b, name);

@@ -22,6 +22,7 @@ namespace {
 using test::make_tiny;
 using test::random_tokens;
 using test::tiny_spec;
+using test::TinyEdit;
 using test::TinyModel;
 using test::TinySpec;
 
@@ -126,15 +127,23 @@ TEST_F(DeviceTest, YarnMatchesPlainFp64) {
 }
 
 TEST_F(DeviceTest, Bf16WeightsMatchTheSameArithmetic) {
-  const TinyModel tiny = make_tiny(tiny_spec("qwen2"));
+  // Matrices of BF16 numbers, so that only activations are rounded.
+  TinyEdit edit;
+  edit.tensors = [](std::map<std::string, std::vector<float>>& tensors) {
+    for (auto& [name, values] : tensors) {
+      if (name.find("norm") != std::string::npos) continue;
+      for (float& value : values) value = bf16_to_f32(f32_to_bf16(value));
+    }
+  };
+  const TinyModel tiny = make_tiny(tiny_spec("qwen2"), edit);
   const auto tokens = random_tokens(100, tiny.spec.vocab);
   const std::vector<float> exact = flat(test::reference_logits(tiny, tokens));
   const std::vector<float> rounded = flat(test::reference_logits(tiny, tokens, nullptr, true));
   const Pair pair(tiny.load(), ComputeType::bf16);
   Session session = pair.on_device("f32");
   const std::vector<float> got = run(session, tokens, 100, AttendMode::prefill);
-  // Weights rounded too: further off than activations alone, but not by much.
-  EXPECT_LT(largest_difference(got, rounded), 0.15);
+  // Sums in another order round some activations the other way.
+  EXPECT_LT(largest_difference(got, rounded), 0.05);
   EXPECT_GT(largest_difference(got, exact), 1e-3);  // it does round
 }
 
@@ -145,7 +154,7 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
     const char* policy;
     double bound;
   };
-  const Case cases[] = {{"exact", kHalf},    {"fp8", kHalf},    {"nvfp4x2", kHalf},
+  const Case cases[] = {{"exact", kHalf},    {"fp8", kHalf},    {"*:nvfp4x2", kHalf},
                         {"balanced", 0.15},  {"thrifty", 0.15}, {"thrifty,skip=0", kHalf},
                         {"balanced,promote=1,skip=0", kHalf}};
   for (const char* family : {"llama", "qwen2", "qwen3", "gemma3"}) {

@@ -107,7 +107,7 @@ int64_t mapped_bytes(const KvCache&) { return 0; }
 #endif
 
 DeviceTables::DeviceTables(const KvCache& cache, int64_t max_pages, int64_t open_pages)
-    : max_pages_(max_pages), open_pages_(open_pages) {
+    : open_pages_(open_pages) {
   constexpr size_t kLine = 32;  // tables start on cache lines
   size_t at = kLine;            // length and step offsets, which all stores share
   const auto take = [&](int64_t count) {

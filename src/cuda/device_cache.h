@@ -73,7 +73,7 @@ class DeviceTables {
   struct Offsets {
     size_t pages = 0, residuals = 0, open = 0;
   };
-  int64_t max_pages_, open_pages_;
+  int64_t open_pages_;
   std::vector<Offsets> offsets_;
   std::vector<int32_t> ids_;
 };

@@ -30,6 +30,9 @@ using test::TinySpec;
 constexpr double kExact = 1e-4;
 // Attention rounds q and P to FP16, the CPU's reference none.
 constexpr double kHalf = 2e-2;
+// Another order of FP32 sums turns some codes of a quantised cache, and random weights amplify it: the
+// CPU's own steps of 1 and of 350 tokens are up to 0.1 apart on the same models.
+constexpr double kCodes = 0.2;
 
 class DeviceTest : public ::testing::Test {
  protected:
@@ -40,6 +43,15 @@ class DeviceTest : public ::testing::Test {
     }
   }
 };
+
+double rms_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double d = static_cast<double>(a[i]) - b[i];
+    sum += d * d;
+  }
+  return std::sqrt(sum / static_cast<double>(a.size()));
+}
 
 double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
   double worst = a.size() == b.size() ? 0.0 : 1e30;
@@ -143,29 +155,36 @@ TEST_F(DeviceTest, Bf16WeightsMatchTheSameArithmetic) {
   Session session = pair.on_device("f32");
   const std::vector<float> got = run(session, tokens, 100, AttendMode::prefill);
   // Sums in another order round some activations the other way.
-  EXPECT_LT(largest_difference(got, rounded), 0.05);
+  EXPECT_LT(largest_difference(got, rounded), 0.1);
   EXPECT_GT(largest_difference(got, exact), 1e-3);  // it does round
 }
 
-// Decisions follow a bound of the LSE on the device and the LSE itself on the CPU, so pages whose mass
-// is near a threshold may be read otherwise: quality within the rule, not bits.
+// How far a policy is from an FP32 cache is known from the CPU, and the device must be well within
+// that of the CPU under the same policy: a wrong value anywhere is as far as the policy itself or
+// further. Decisions follow a bound of the LSE on the device and the LSE itself on the CPU, so pages
+// whose mass is near a threshold may be read otherwise.
 TEST_F(DeviceTest, PoliciesMatchTheCpu) {
   struct Case {
     const char* policy;
-    double bound;
+    double bits;  // the most that the bits read may differ
   };
-  const Case cases[] = {{"exact", kHalf},    {"fp8", kHalf},    {"*:nvfp4x2", kHalf},
-                        {"balanced", 0.15},  {"thrifty", 0.15}, {"thrifty,skip=0", kHalf},
-                        {"balanced,promote=1,skip=0", kHalf}};
+  const Case cases[] = {{"exact", 1e-3},   {"fp8", 1e-3},    {"*:nvfp4x2", 1e-3},
+                        {"balanced", 1.0}, {"thrifty", 1.0}, {"thrifty,skip=0", 1e-3},
+                        {"balanced,promote=1,skip=0", 1e-2}};
   for (const char* family : {"llama", "qwen2", "qwen3", "gemma3"}) {
     const TinyModel tiny = make_tiny(wide_spec(family));
     const auto tokens = random_tokens(700, tiny.spec.vocab);
     const Pair pair(tiny.load());
+    Session truth_session = pair.on_cpu("f32");
+    const auto truth = run(truth_session, tokens, 350, AttendMode::decode);
     for (const Case& c : cases) {
       Session near_session = pair.on_cpu(c.policy), far_session = pair.on_device(c.policy);
       const auto near_logits = run(near_session, tokens, 350, AttendMode::decode);
       const auto far_logits = run(far_session, tokens, 350, AttendMode::decode);
-      EXPECT_LT(largest_difference(far_logits, near_logits), c.bound) << family << ", " << c.policy;
+      EXPECT_LT(rms_difference(far_logits, near_logits), 0.5 * rms_difference(near_logits, truth))
+          << family << ", " << c.policy;
+      EXPECT_LT(largest_difference(far_logits, near_logits), largest_difference(near_logits, truth))
+          << family << ", " << c.policy;
       // Held the same, to the byte; read the same, but for decisions near a threshold.
       const CacheUsage a = near_session.cache().usage(), b = far_session.cache().usage();
       EXPECT_EQ(a.total(), b.total()) << family << ", " << c.policy;
@@ -176,7 +195,7 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
       EXPECT_EQ(near_stats.elements_visible, far_stats.elements_visible);
       EXPECT_EQ(near_stats.pages_visible, far_stats.pages_visible) << family << ", " << c.policy;
       EXPECT_NEAR(near_stats.bits_read_per_element(), far_stats.bits_read_per_element(),
-                  c.bound > kHalf ? 1.0 : 1e-3)
+                  c.bits)
           << family << ", " << c.policy;
       EXPECT_FALSE(far_stats.masses_known);
     }
@@ -187,10 +206,12 @@ TEST_F(DeviceTest, ChunksEqualDecode) {
   const TinyModel tiny = make_tiny(wide_spec("qwen2"));
   const auto tokens = random_tokens(300, tiny.spec.vocab);
   const Pair pair(tiny.load());
-  for (const char* policy : {"f32", "exact", "thrifty", "balanced"}) {
+  const std::pair<const char*, double> cases[] = {
+      {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes}};
+  for (const auto& [policy, bound] : cases) {
     Session whole = pair.on_device(policy), single = pair.on_device(policy);
     const auto at_once = run(whole, tokens, 300, AttendMode::decode);
-    EXPECT_LT(largest_difference(run(single, tokens, 1, AttendMode::decode), at_once), kHalf) << policy;
+    EXPECT_LT(largest_difference(run(single, tokens, 1, AttendMode::decode), at_once), bound) << policy;
     EXPECT_EQ(whole.cache().usage().total(), single.cache().usage().total()) << policy;
   }
 }
@@ -334,7 +355,8 @@ class DeviceDemo : public DeviceTest {
 };
 
 TEST_F(DeviceDemo, Fp32MatchesTheTrainingFramework) { compare("f32", "fp32", 1e-3); }
-TEST_F(DeviceDemo, ExactMatchesPlainBf16) { compare("exact", "bf16_kv", 2e-2); }
+// 2e-2 on the CPU, whose q and P are FP32.
+TEST_F(DeviceDemo, ExactMatchesPlainBf16) { compare("exact", "bf16_kv", 5e-2); }
 
 // The whole loop of eval, against the CPU's figures for the same text.
 TEST_F(DeviceDemo, EvalMatchesTheCpu) {
@@ -350,8 +372,9 @@ TEST_F(DeviceDemo, EvalMatchesTheCpu) {
     const EvalRow& a = near_rows[i];
     const EvalRow& b = far_rows[i];
     EXPECT_EQ(a.kv_bytes, b.kv_bytes) << a.policy;
-    EXPECT_NEAR(a.bits_read_per_element, b.bits_read_per_element, 0.05 * a.bits_read_per_element)
-        << a.policy;
+    // The device promotes all that the CPU does, and some more.
+    EXPECT_GT(b.bits_read_per_element, 0.99 * a.bits_read_per_element) << a.policy;
+    EXPECT_LT(b.bits_read_per_element, 1.15 * a.bits_read_per_element) << a.policy;
     // FP16 queries and weights add a little of their own; the format's error is the larger part.
     EXPECT_LT(b.quality.kl_mean, 1.5 * a.quality.kl_mean + 1e-5) << a.policy;
   }

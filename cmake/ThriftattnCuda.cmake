@@ -85,3 +85,25 @@ function(thriftattn_add_cuda_bench)
   set_property(TARGET thriftattn_cuda_bench PROPERTY CUDA_RUNTIME_LIBRARY Static)
   target_link_libraries(thriftattn_cuda_bench PRIVATE thriftattn)
 endfunction()
+
+# The engine's kernels and its device code. cuBLASLt is loaded when it is needed, so that the command
+# starts on machines without it; only its header is needed here.
+function(thriftattn_add_cuda_engine target)
+  file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/engine/*.cu)
+  set(others)
+  foreach(sm IN ITEMS 80 89 120)
+    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
+  endforeach()
+  add_library(thriftattn_engine_kernels OBJECT ${kernels})
+  target_include_directories(thriftattn_engine_kernels PRIVATE
+    ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include ${PROJECT_SOURCE_DIR}/src
+    ${THRIFTATTN_CUBLASLT_INCLUDE})
+  target_compile_definitions(thriftattn_engine_kernels PRIVATE THRIFTATTN_WITH_CUDA)
+  target_compile_options(thriftattn_engine_kernels PRIVATE
+    --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers ${others})
+  set_target_properties(thriftattn_engine_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:thriftattn_engine_kernels>)
+  target_include_directories(${target} SYSTEM PRIVATE ${THRIFTATTN_CUBLASLT_INCLUDE})
+  target_compile_definitions(${target} PRIVATE THRIFTATTN_WITH_CUDA)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
+endfunction()

@@ -11,7 +11,10 @@ fi
 tools/build.sh release
 case ${1:-} in
   test)
-    build/release/tests/test_cuda
+    status=0
+    build/release/tests/test_cuda || status=1
+    build/release/tests/test_engine --gtest_filter='Device*' || status=1
+    exit $status
     ;;
   bench)
     mkdir -p out

@@ -61,6 +61,7 @@ struct AttendStats {
                                  // dropped, or the cap `max` raised the threshold
   int64_t rows_capped = 0;       // rows whose threshold the cap raised
   int64_t query_heads = 0;       // (query, query head) pairs: divides the sums above
+  bool masses_known = true;      // false: some of it ran on a device, which reports no masses
 
   void merge(const AttendStats& other);
   double bits_read_per_element() const;  // mean over rows

@@ -94,6 +94,7 @@ class KvCache {
   double bits_stored_per_element() const;
 
   struct Impl;
+  explicit KvCache(std::unique_ptr<Impl> impl);  // for the backends
   const Impl& impl() const { return *impl_; }
   Impl& impl() { return *impl_; }
 

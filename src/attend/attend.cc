@@ -121,6 +121,7 @@ void AttendStats::merge(const AttendStats& o) {
   wanted_mass += o.wanted_mass;
   rows_capped += o.rows_capped;
   query_heads += o.query_heads;
+  masses_known = masses_known && o.masses_known;
 }
 
 double AttendStats::bits_read_per_element() const {

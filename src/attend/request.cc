@@ -95,6 +95,11 @@ void check_queries(const AttendRequest& r, int64_t first_token) {
 
 std::vector<LayerView> views_of(const KvCache& cache, const AttendRequest& r) {
   const KvCache::Impl& impl = cache.impl();
+  if (impl.device != nullptr) {
+    throw Error(ErrorCode::unsupported,
+                "attend: this cache is on a device, whose kernels attend to it; make a cache without "
+                "a device for queries in CPU memory");
+  }
   const Sequence& seq = impl.sequence(r.sequence);
   const auto layers = static_cast<int64_t>(impl.config.layers.size());
   if (r.layer < 0 || r.layer >= layers) {

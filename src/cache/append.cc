@@ -107,7 +107,7 @@ void seal(const LayerStore& store, int64_t head, const OpenPage& open, uint8_t* 
 
 }  // namespace
 
-uint8_t* KvCache::Impl::writable_page(LayerStore& store, LayerSequence& seq, int64_t page) {
+int32_t KvCache::Impl::writable_page(LayerStore& store, LayerSequence& seq, int64_t page) {
   if (static_cast<int64_t>(seq.pages.size()) <= page) {
     seq.pages.resize(static_cast<size_t>(page + 1), kNoPage);
     seq.residuals.resize(static_cast<size_t>((page + 1) * store.layout.kv_heads), kNoPage);
@@ -117,15 +117,52 @@ uint8_t* KvCache::Impl::writable_page(LayerStore& store, LayerSequence& seq, int
     id = store.pages.acquire();
   } else if (store.pages.refs(id) > 1) {  // copy on write
     const int32_t copy = store.pages.acquire();
-    std::copy_n(store.pages.data(id), store.layout.slot_bytes, store.pages.data(copy));
+    store.pages.copy(id, copy);
     store.pages.release(id);
     id = copy;
   }
-  return store.pages.data(id);
+  return id;
+}
+
+PageRoom KvCache::Impl::make_room(LayerStore& store, LayerSequence& state, int64_t begin,
+                                  int64_t end) {
+  const PageLayout& layout = store.layout;
+  const int64_t page = begin / kPageTokens;
+  PageRoom room;
+  room.full = end % kPageTokens == 0;
+  if (layout.any_layered()) room.open = &open_page(store, state, page);
+  if (layout.any_plain() || room.full) room.slot = writable_page(store, state, page);
+  if (room.full && layout.any_layered()) {
+    for (int64_t h = 0; h < layout.kv_heads; ++h) {
+      state.residuals[static_cast<size_t>(page * layout.kv_heads + h)] = store.residuals.acquire();
+    }
+    if (page == state.reopened_page) {
+      ++reencoded_pages;
+      state.reopened_page = -1;
+    }
+  }
+  return room;
+}
+
+void KvCache::Impl::make_room(Sequence& seq) {
+  const int64_t end = seq.length + seq.step_tokens;
+  for (size_t s = 0; s < layers.size(); ++s) {
+    for (int64_t begin = seq.length; begin < end;) {
+      const int64_t page_end = std::min((begin / kPageTokens + 1) * kPageTokens, end);
+      make_room(layers[s], seq.layers[s], begin, page_end);
+      begin = page_end;
+    }
+    seq.layers[s].staged = seq.step_tokens;
+  }
 }
 
 void KvCache::Impl::append(Sequence& seq, int64_t layer, TensorView<const float> k,
                            TensorView<const float> v) {
+  if (device != nullptr) {
+    throw Error(ErrorCode::unsupported,
+                "append: this cache is on a device, whose kernels append to it; make a cache "
+                "without a device for tokens in CPU memory");
+  }
   const LayerShape& shape = config.layers[static_cast<size_t>(layer)];
   const std::vector<size_t> stores = stores_of(layer);
   for (const size_t s : stores) {
@@ -151,28 +188,18 @@ void KvCache::Impl::stage(Sequence& seq, size_t index, TensorView<const float> k
   for (int64_t begin = seq.length; begin < end;) {
     const int64_t page = begin / kPageTokens;
     const int64_t page_end = std::min((page + 1) * kPageTokens, end);
-    const bool full = page_end % kPageTokens == 0;
-    OpenPage* open = nullptr;
-    if (layout.any_layered()) open = &open_page(store, state, page);
-    uint8_t* slot = layout.any_plain() || full ? writable_page(store, state, page) : nullptr;
-    std::vector<uint8_t*> residual(static_cast<size_t>(layout.kv_heads), nullptr);
-    if (full && layout.any_layered()) {
-      for (int64_t h = 0; h < layout.kv_heads; ++h) {
-        int32_t& id = state.residuals[static_cast<size_t>(page * layout.kv_heads + h)];
-        id = store.residuals.acquire();
-        residual[static_cast<size_t>(h)] = store.residuals.data(id);
-      }
-      if (page == state.reopened_page) {
-        ++reencoded_pages;
-        state.reopened_page = -1;
-      }
-    }
+    const PageRoom room = make_room(store, state, begin, page_end);
+    uint8_t* slot = room.slot == kNoPage ? nullptr : store.pages.data(room.slot);
+    const auto residual = [&](int64_t h) {
+      return store.residuals.data(
+          state.residuals[static_cast<size_t>(page * layout.kv_heads + h)]);
+    };
     tbb::parallel_for(int64_t{0}, layout.kv_heads, [&](int64_t h) {
       const Segment s{h, store.model_head(h), begin % kPageTokens, begin - seq.length, page_end - begin};
-      if (open) stage_layered(store, s, k, v, *open);
+      if (room.open) stage_layered(store, s, k, v, *room.open);
       if (!layout.k.layered) store_plain(layout.k, s, k, layout.head(slot, h).k);
       if (!layout.v.layered) store_plain(layout.v, s, v, layout.head(slot, h).v);
-      if (open && full) seal(store, h, *open, slot, residual[static_cast<size_t>(h)]);
+      if (room.open && room.full) seal(store, h, *room.open, slot, residual(h));
     });
     begin = page_end;
   }

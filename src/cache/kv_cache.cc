@@ -69,7 +69,8 @@ void check_equalizer(const Equalizer& eq, const std::vector<LayerShape>& layers)
 
 }  // namespace
 
-KvCache::Impl::Impl(KvCacheConfig c) : config(std::move(c)), budget(config.max_bytes) {
+KvCache::Impl::Impl(KvCacheConfig c, std::shared_ptr<CacheDevice> d)
+    : config(std::move(c)), device(std::move(d)), budget(config.max_bytes) {
   if (config.layers.empty()) fail("a cache needs at least one layer");
   if (config.policy.size() != config.layers.size()) {
     fail(fmt::format("{} layers, but {} layer policies; use resolve() with the model's layers",
@@ -112,17 +113,32 @@ void KvCache::Impl::add_stores(size_t l) {
         eq.insert(eq.end(), all.begin() + from, all.begin() + from + shape.head_dim_k);
       }
     }
+    const auto pool = [&](SlotPoolOptions options, bool zeroed) {
+      options.poison = config.poison_free;
+      std::unique_ptr<SlotMemory> memory;
+      if (device != nullptr) {
+        memory = device->make_memory({.name = options.name,
+                                      .slot_bytes = options.slot_bytes,
+                                      .zeroed = zeroed,
+                                      .poison = options.poison});
+      }
+      return SlotPool(std::move(options), &budget, std::move(memory));
+    };
+    // On a device only plain rows need cleared slots: planes and open pages are written whole.
     layers.push_back({static_cast<int64_t>(l), part, own, layout, std::move(eq), std::move(heads),
-                      SlotPool({.name = "a KV page",
-                                .slot_bytes = layout.slot_bytes,
-                                .placement = SlotPlacement::region,
-                                .poison = config.poison_free},
-                               &budget),
-                      SlotPool({.name = "a residual plane",
-                                .slot_bytes = layout.residual_bytes,
-                                .placement = SlotPlacement::single,
-                                .poison = config.poison_free},
-                               &budget)});
+                      pool({.name = "a KV page",
+                            .slot_bytes = layout.slot_bytes,
+                            .placement = SlotPlacement::region},
+                           true),
+                      pool({.name = "a residual plane",
+                            .slot_bytes = layout.residual_bytes,
+                            .placement = SlotPlacement::single},
+                           false),
+                      std::nullopt});
+    if (device != nullptr && layout.any_layered()) {
+      layers.back().open =
+          pool({.name = "an open page", .slot_bytes = open_page_bytes(layout)}, false);
+    }
     layers.back().policy.heads.clear();
   }
 }
@@ -151,13 +167,27 @@ OpenPage& KvCache::Impl::open_page(LayerStore& store, LayerSequence& seq, int64_
   const int64_t at = page - seq.first_open;
   if (at < static_cast<int64_t>(seq.open.size())) return seq.open[static_cast<size_t>(at)];
 
+  OpenPage open;
+  if (store.open) {
+    open.slot = store.open->acquire();
+  } else {
+    open = blank_page(store, seq, page);
+    budget.charge(open.bytes(), "an open page");
+  }
+  seq.open.push_back(std::move(open));
+  return seq.open.back();
+}
+
+OpenPage KvCache::Impl::blank_page(const LayerStore& store, const LayerSequence& seq,
+                                   int64_t page) const {
   const PageLayout& layout = store.layout;
   OpenPage open;
   if (layout.k.layered) {
     open.k.assign(static_cast<size_t>(layout.kv_heads * kPageTokens * layout.k.dim), 0);
     open.k_reference.assign(static_cast<size_t>(layout.kv_heads * layout.k.dim), 0);
     if (page > 0) {
-      const uint8_t* previous = store.pages.data(seq.pages[static_cast<size_t>(page - 1)]);
+      std::vector<uint8_t> copy;
+      const uint8_t* previous = store.pages.read(seq.pages[static_cast<size_t>(page - 1)], copy);
       for (int64_t h = 0; h < layout.kv_heads; ++h) {
         const auto* mean =
             reinterpret_cast<const uint16_t*>(layout.head(previous, h).k + layout.k.mean);
@@ -168,13 +198,37 @@ OpenPage& KvCache::Impl::open_page(LayerStore& store, LayerSequence& seq, int64_
   if (layout.v.layered) {
     open.v.assign(static_cast<size_t>(layout.kv_heads * kPageTokens * layout.v.dim), 0);
   }
-  budget.charge(open.bytes(), "an open page");
-  seq.open.push_back(std::move(open));
-  return seq.open.back();
+  return open;
+}
+
+void KvCache::Impl::upload_open(LayerStore& store, const OpenPage& from, int32_t slot) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(store.open->slot_bytes()), 0);
+  uint8_t* to = bytes.data();
+  for (const auto* part : {&from.k, &from.v, &from.k_reference}) {
+    to = std::copy_n(reinterpret_cast<const uint8_t*>(part->data()),
+                     part->size() * sizeof(uint16_t), to);
+  }
+  store.open->write(slot, bytes.data());
+}
+
+OpenPage KvCache::Impl::download_open(const LayerStore& store, const OpenPage& open) const {
+  const PageLayout& layout = store.layout;
+  std::vector<uint8_t> copy;
+  const auto* from = reinterpret_cast<const uint16_t*>(store.open->read(open.slot, copy));
+  OpenPage out;
+  const auto take = [&](std::vector<uint16_t>& part, int64_t elements) {
+    part.assign(from, from + elements);
+    from += elements;
+  };
+  if (layout.k.layered) take(out.k, layout.kv_heads * kPageTokens * layout.k.dim);
+  if (layout.v.layered) take(out.v, layout.kv_heads * kPageTokens * layout.v.dim);
+  if (layout.k.layered) take(out.k_reference, layout.kv_heads * layout.k.dim);
+  return out;
 }
 
 // Keeps the open pages in [first_kept, end_kept).
-void KvCache::Impl::drop_open(LayerSequence& seq, int64_t first_kept, int64_t end_kept) {
+void KvCache::Impl::drop_open(LayerStore& store, LayerSequence& seq, int64_t first_kept,
+                              int64_t end_kept) {
   std::vector<OpenPage> kept;
   int64_t first = seq.first_open;
   for (size_t i = 0; i < seq.open.size(); ++i) {
@@ -183,6 +237,7 @@ void KvCache::Impl::drop_open(LayerSequence& seq, int64_t first_kept, int64_t en
       if (kept.empty()) first = page;
       kept.push_back(std::move(seq.open[i]));
     } else {
+      if (seq.open[i].slot != kNoPage) store.open->release(seq.open[i].slot);
       budget.refund(seq.open[i].bytes());
     }
   }
@@ -220,7 +275,7 @@ void KvCache::Impl::settle(Sequence& seq, int64_t length) {
       }
     }
     release_pages(store, state, kept);
-    drop_open(state, full_pages, full_pages + (partial ? 1 : 0));
+    drop_open(store, state, full_pages, full_pages + (partial ? 1 : 0));
     state.staged = 0;
     if (state.reopened_page >= 0 && (state.reopened_page != full_pages || !partial)) {
       state.reopened_page = -1;
@@ -263,6 +318,42 @@ void KvCache::Impl::release_behind(Sequence& seq, int64_t length) {
   }
 }
 
+// A sealed page's best planes go back into the open form.
+void KvCache::Impl::reopen(LayerStore& store, LayerSequence& state, int64_t page) {
+  const PageLayout& layout = store.layout;
+  drop_open(store, state, 0, 0);
+  OpenPage blank;
+  OpenPage& held = open_page(store, state, page);
+  if (store.open) blank = blank_page(store, state, page);
+  OpenPage& open = store.open ? blank : held;
+  std::vector<uint8_t> slot_copy, residual_copy;
+  const uint8_t* slot = store.pages.read(state.pages[static_cast<size_t>(page)], slot_copy);
+  for (int64_t h = 0; h < layout.kv_heads; ++h) {
+    const PageHead head = layout.head(slot, h);
+    const int32_t res = state.residuals[static_cast<size_t>(page * layout.kv_heads + h)];
+    const uint8_t* residual = res == kNoPage ? nullptr : store.residuals.read(res, residual_copy);
+    const auto decode = [&](const SideLayout& side, const uint16_t* reference, uint16_t* out) {
+      std::vector<float> x(static_cast<size_t>(kPageTokens * side.dim)), r(x.size(), 0.0f);
+      decode_base(layout, side, head, x.data());
+      if (residual) decode_residual(layout, side, head, residual, r.data());
+      const auto* mean =
+          reinterpret_cast<const uint16_t*>(layout.start(side, head) + side.mean);
+      for (size_t i = 0; i < x.size(); ++i) {
+        const size_t d = i % static_cast<size_t>(side.dim);
+        const float ref = reference ? bf16_to_f32(reference[d]) : 0.0f;
+        out[i] = f32_to_bf16(x[i] + r[i] + (bf16_to_f32(mean[d]) - ref));
+      }
+    };
+    const size_t k_at = static_cast<size_t>(h * layout.k.dim);
+    if (layout.k.layered) decode(layout.k, &open.k_reference[k_at], &open.k[k_at * kPageTokens]);
+    if (layout.v.layered) {
+      decode(layout.v, nullptr, &open.v[static_cast<size_t>(h * kPageTokens * layout.v.dim)]);
+    }
+  }
+  if (store.open) upload_open(store, open, held.slot);
+  state.reopened_page = page;
+}
+
 void KvCache::Impl::truncate(Sequence& seq, int64_t length) {
   const int64_t page = length / kPageTokens;
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -285,35 +376,7 @@ void KvCache::Impl::truncate(Sequence& seq, int64_t length) {
     const PageLayout& layout = store.layout;
     const bool is_open = !state.open.empty() && page >= state.first_open;
     if (length % kPageTokens != 0 && layout.any_layered() && !is_open) {
-      // The page was sealed: its best planes go back into the open form.
-      drop_open(state, 0, 0);
-      OpenPage& open = open_page(store, state, page);
-      for (int64_t h = 0; h < layout.kv_heads; ++h) {
-        const PageHead head =
-            layout.head(store.pages.data(state.pages[static_cast<size_t>(page)]), h);
-        const int32_t res = state.residuals[static_cast<size_t>(page * layout.kv_heads + h)];
-        const uint8_t* residual = res == kNoPage ? nullptr : store.residuals.data(res);
-        const auto reopen = [&](const SideLayout& side, const uint16_t* reference, uint16_t* out) {
-          std::vector<float> x(static_cast<size_t>(kPageTokens * side.dim)), r(x.size(), 0.0f);
-          decode_base(layout, side, head, x.data());
-          if (residual) decode_residual(layout, side, head, residual, r.data());
-          const auto* mean =
-              reinterpret_cast<const uint16_t*>(layout.start(side, head) + side.mean);
-          for (size_t i = 0; i < x.size(); ++i) {
-            const size_t d = i % static_cast<size_t>(side.dim);
-            const float ref = reference ? bf16_to_f32(reference[d]) : 0.0f;
-            out[i] = f32_to_bf16(x[i] + r[i] + (bf16_to_f32(mean[d]) - ref));
-          }
-        };
-        const size_t k_at = static_cast<size_t>(h * layout.k.dim);
-        if (layout.k.layered) {
-          reopen(layout.k, &open.k_reference[k_at], &open.k[k_at * kPageTokens]);
-        }
-        if (layout.v.layered) {
-          reopen(layout.v, nullptr, &open.v[static_cast<size_t>(h * kPageTokens * layout.v.dim)]);
-        }
-      }
-      state.reopened_page = page;
+      reopen(store, state, page);
     }
     state.residual_floor = std::min(state.residual_floor, page);
     state.window_floor = std::min(state.window_floor, page);
@@ -322,11 +385,30 @@ void KvCache::Impl::truncate(Sequence& seq, int64_t length) {
 }
 
 KvCache::KvCache(KvCacheConfig config) : impl_(std::make_unique<Impl>(std::move(config))) {}
+KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 KvCache::~KvCache() = default;
 KvCache::KvCache(KvCache&&) noexcept = default;
 KvCache& KvCache::operator=(KvCache&&) noexcept = default;
 
 const KvCacheConfig& KvCache::config() const { return impl_->config; }
+
+// Gives the open pages slots of their own, with the same content. On an Error none is held.
+void KvCache::Impl::copy_open(Sequence& seq) {
+  std::vector<std::pair<SlotPool*, int32_t>> held;
+  try {
+    for (size_t l = 0; l < layers.size(); ++l) {
+      for (OpenPage& open : seq.layers[l].open) {
+        const int32_t slot = layers[l].open->acquire();
+        held.emplace_back(&*layers[l].open, slot);
+        layers[l].open->copy(open.slot, slot);
+        open.slot = slot;
+      }
+    }
+  } catch (...) {
+    for (const auto& [pool, slot] : held) pool->release(slot);
+    throw;
+  }
+}
 
 SequenceId KvCache::create() {
   Sequence seq;
@@ -345,6 +427,7 @@ SequenceId KvCache::fork(SequenceId source) {
   }
   impl_->budget.charge(open_bytes, "the open pages of a fork");
   Sequence copy = from;
+  if (impl_->device != nullptr) impl_->copy_open(copy);
   for (size_t l = 0; l < impl_->layers.size(); ++l) {
     for (int32_t id : copy.layers[l].pages) {
       if (id != kNoPage) impl_->layers[l].pages.add_ref(id);
@@ -362,7 +445,7 @@ void KvCache::free(SequenceId id) {
   Sequence& seq = impl_->sequence(id);
   for (size_t l = 0; l < impl_->layers.size(); ++l) {
     impl_->release_pages(impl_->layers[l], seq.layers[l], 0);
-    impl_->drop_open(seq.layers[l], 0, 0);
+    impl_->drop_open(impl_->layers[l], seq.layers[l], 0, 0);
   }
   impl_->sequences.erase(id);
 }
@@ -432,6 +515,7 @@ CacheUsage KvCache::usage() const {
     u.residual_bytes += store.residuals.used() * store.residuals.slot_bytes();
     u.pages += store.pages.used();
     u.residual_pages += store.residuals.used();
+    if (store.open) u.open_bytes += store.open->used() * store.open->slot_bytes();
   }
   for (const auto& [id, seq] : impl_->sequences) {
     for (const LayerSequence& layer : seq.layers) {

@@ -12,10 +12,20 @@
 
 namespace thriftattn {
 
+// Where the tokens of one page go.
+struct PageRoom {
+  OpenPage* open = nullptr;  // of layered sides
+  int32_t slot = kNoPage;    // of plain sides and full pages
+  bool full = false;         // the page's residual ids are in the sequence's table
+};
+
 struct KvCache::Impl {
-  explicit Impl(KvCacheConfig config);
+  // With a device its memory holds the pages, and append() and attend() of this cache are the
+  // device's own (cuda/device_cache.h).
+  explicit Impl(KvCacheConfig config, std::shared_ptr<CacheDevice> device = nullptr);
 
   KvCacheConfig config;
+  std::shared_ptr<CacheDevice> device;
   ByteBudget budget;
   // One store a layer, in order; several for a layer whose KV heads have different policies.
   std::vector<LayerStore> layers;
@@ -35,6 +45,11 @@ struct KvCache::Impl {
   // Transforms, checks and stages tokens; seals pages that become full (append.cc).
   void append(Sequence& seq, int64_t layer, TensorView<const float> k, TensorView<const float> v);
   void stage(Sequence& seq, size_t store, TensorView<const float> k, TensorView<const float> v);
+  // Acquires what the tokens begin .. end - 1, of one page, are stored in.
+  PageRoom make_room(LayerStore& store, LayerSequence& seq, int64_t begin, int64_t end);
+  // The same for the whole open step in every layer, which then counts as staged: what precedes
+  // the kernels of a device.
+  void make_room(Sequence& seq);
   // Makes `length` tokens the committed content and forgets every later one.
   void settle(Sequence& seq, int64_t length);
   // Frees what the policy no longer keeps once `length` tokens are committed.
@@ -42,9 +57,16 @@ struct KvCache::Impl {
   void truncate(Sequence& seq, int64_t length);
   void release_pages(LayerStore& store, LayerSequence& seq, int64_t first_page);
   // The slot of page `page`, exclusively owned: allocated, or copied when it is shared.
-  uint8_t* writable_page(LayerStore& store, LayerSequence& seq, int64_t page);
+  int32_t writable_page(LayerStore& store, LayerSequence& seq, int64_t page);
   OpenPage& open_page(LayerStore& store, LayerSequence& seq, int64_t page);
-  void drop_open(LayerSequence& seq, int64_t first_kept, int64_t end_kept);
+  // Its form in CPU memory, empty but for the reference.
+  OpenPage blank_page(const LayerStore& store, const LayerSequence& seq, int64_t page) const;
+  // Between that form and the device's.
+  void upload_open(LayerStore& store, const OpenPage& from, int32_t slot);
+  OpenPage download_open(const LayerStore& store, const OpenPage& open) const;
+  void copy_open(Sequence& seq);
+  void reopen(LayerStore& store, LayerSequence& seq, int64_t page);
+  void drop_open(LayerStore& store, LayerSequence& seq, int64_t first_kept, int64_t end_kept);
 };
 
 // What attention reads of one layer of one sequence, the open step's tokens included.

@@ -144,14 +144,26 @@ void Loader::layer(size_t index) {
     for (size_t i = 0; i < flags.size(); ++i) {
       if (flags[i] == 0) continue;
       ids[i] = pool.acquire();
-      source_(pool.data(ids[i]), static_cast<size_t>(pool.slot_bytes()));
+      if (uint8_t* to = pool.data(ids[i])) {
+        source_(to, static_cast<size_t>(pool.slot_bytes()));
+        continue;
+      }
+      std::vector<uint8_t> bytes(static_cast<size_t>(pool.slot_bytes()));
+      source_(bytes.data(), bytes.size());
+      pool.write(ids[i], bytes.data());
     }
   };
   fill(store.pages, pages, state.pages);
   fill(store.residuals, residuals, state.residuals);
   if (head.open_bytes > 0) {
     OpenPage& open = impl_.open_page(store, state, full_);
-    transfer(open, source_);
+    if (store.open) {
+      OpenPage read = impl_.blank_page(store, state, full_);
+      transfer(read, source_);
+      impl_.upload_open(store, read, open.slot);
+    } else {
+      transfer(open, source_);
+    }
   }
   state.reopened_page = head.reopened_page;
 }
@@ -172,7 +184,8 @@ void save_sequence(const KvCache& cache, SequenceId id, const ByteSink& sink) {
         .slot_bytes = static_cast<uint64_t>(store.pages.slot_bytes()),
         .residual_bytes = static_cast<uint64_t>(store.residuals.slot_bytes()),
         .pages = state.pages.size(),
-        .open_bytes = static_cast<uint64_t>(state.open.empty() ? 0 : state.open.front().bytes()),
+        .open_bytes =
+            static_cast<uint64_t>(state.open.empty() ? 0 : open_page_bytes(store.layout)),
         .reopened_page = state.reopened_page};
     sink(&head, sizeof head);
     for (const auto* ids : {&state.pages, &state.residuals}) {
@@ -181,12 +194,20 @@ void save_sequence(const KvCache& cache, SequenceId id, const ByteSink& sink) {
     }
     const auto write = [&](const SlotPool& pool, const std::vector<int32_t>& ids) {
       for (const int32_t slot : ids) {
-        if (slot != kNoPage) sink(pool.data(slot), static_cast<size_t>(pool.slot_bytes()));
+        if (slot == kNoPage) continue;
+        std::vector<uint8_t> copy;
+        sink(pool.read(slot, copy), static_cast<size_t>(pool.slot_bytes()));
       }
     };
     write(store.pages, state.pages);
     write(store.residuals, state.residuals);
-    if (!state.open.empty()) transfer(state.open.front(), sink);
+    if (state.open.empty()) continue;
+    if (store.open) {
+      const OpenPage copy = impl.download_open(store, state.open.front());
+      transfer(copy, sink);
+    } else {
+      transfer(state.open.front(), sink);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cache/page_layout.h"
@@ -13,7 +14,8 @@ namespace thriftattn {
 // reference that is fixed when the page opens (the previous page's stored mean; 0 for the first
 // page). [kv_heads][64][dim]; the reference is [kv_heads][head_dim_k].
 struct OpenPage {
-  std::vector<uint16_t> k, v, k_reference;
+  std::vector<uint16_t> k, v, k_reference;  // empty where the cache is on a device
+  int32_t slot = -1;                        // there: in LayerStore::open, the same three in a row
 
   int64_t bytes() const {
     return static_cast<int64_t>((k.size() + v.size() + k_reference.size()) * sizeof(uint16_t));
@@ -27,6 +29,8 @@ inline int64_t open_page_bytes(const PageLayout& layout) {
   if (layout.v.layered) elements += layout.kv_heads * kPageTokens * layout.v.dim;
   return elements * static_cast<int64_t>(sizeof(uint16_t));
 }
+
+inline constexpr int32_t kNoPage = -1;
 
 struct LayerSequence {
   // pages[j] is the slot of page j, or kNoPage: not sealed yet, or behind the sliding window.
@@ -42,8 +46,6 @@ struct LayerSequence {
   int64_t residual_floor = 0, window_floor = 0;
 };
 
-inline constexpr int32_t kNoPage = -1;
-
 // The KV heads of one layer that share a policy: all of them, unless the policy has rules by
 // head. Heads are counted within the store; model_head() says which of the layer's they are.
 struct LayerStore {
@@ -55,6 +57,7 @@ struct LayerStore {
   std::vector<int64_t> heads;    // the layer's KV heads, empty = all
   SlotPool pages;
   SlotPool residuals;
+  std::optional<SlotPool> open;  // of a cache on a device that has layered sides
 
   int64_t model_head(int64_t kv_head) const {
     return heads.empty() ? kv_head : heads[static_cast<size_t>(kv_head)];

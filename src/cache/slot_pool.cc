@@ -32,12 +32,14 @@ constexpr int64_t kMaxRegion = int64_t{64} << 20;
 
 }  // namespace
 
-SlotPool::SlotPool(SlotPoolOptions options, ByteBudget* budget)
+SlotPool::SlotPool(SlotPoolOptions options, ByteBudget* budget,
+                   std::unique_ptr<SlotMemory> memory)
     : name_(std::move(options.name)),
       slot_bytes_((options.slot_bytes + kAlignment - 1) / kAlignment * kAlignment),
       placement_(kSlotRegions ? options.placement : SlotPlacement::single),
       poison_(options.poison),
-      budget_(budget) {}
+      budget_(budget),
+      memory_(std::move(memory)) {}
 
 bool SlotPool::place_in_region(Slot& slot) {
   if (regions_.empty() || carved_ + slot_bytes_ > regions_.back().size()) {
@@ -86,7 +88,15 @@ int32_t SlotPool::acquire() {
   }
   const int32_t id = fresh ? static_cast<int32_t>(slots_.size()) - 1 : free_ids_.back();
   Slot& slot = slots_[static_cast<size_t>(id)];
-  if (!place(slot)) {
+  if (memory_ != nullptr) {
+    try {
+      memory_->place(id);
+    } catch (...) {
+      if (fresh) slots_.pop_back();
+      budget_->refund(slot_bytes_);
+      throw;
+    }
+  } else if (!place(slot)) {
     if (fresh) slots_.pop_back();
     budget_->refund(slot_bytes_);
     throw Error(ErrorCode::out_of_memory,
@@ -107,7 +117,9 @@ void SlotPool::release(int32_t id) {
   if (--slot.refs > 0) return;
   // With poisoning the memory stays mapped and reads as NaN (0xFF bytes), so that a stale block
   // table is seen in results rather than as luck; without, it goes back to the system.
-  if (poison_) {
+  if (memory_ != nullptr) {
+    memory_->free(id);
+  } else if (poison_) {
     std::memset(slot.data, 0xFF, static_cast<size_t>(slot_bytes_));
   } else if (slot.allocation != nullptr) {
     slot.allocation.reset();
@@ -118,6 +130,23 @@ void SlotPool::release(int32_t id) {
   budget_->refund(slot_bytes_);
   --used_;
   free_ids_.push_back(id);
+}
+
+void SlotPool::copy(int32_t from, int32_t to) {
+  if (memory_ != nullptr) return memory_->copy(from, to);
+  std::memcpy(data(to), data(from), static_cast<size_t>(slot_bytes_));
+}
+
+void SlotPool::write(int32_t id, const uint8_t* from) {
+  if (memory_ != nullptr) return memory_->write(id, from);
+  std::memcpy(data(id), from, static_cast<size_t>(slot_bytes_));
+}
+
+const uint8_t* SlotPool::read(int32_t id, std::vector<uint8_t>& buffer) const {
+  if (memory_ == nullptr) return data(id);
+  buffer.resize(static_cast<size_t>(slot_bytes_));
+  memory_->read(id, buffer.data());
+  return buffer.data();
 }
 
 }  // namespace thriftattn

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/memory_region.h"
+#include "cache/slot_memory.h"
 
 namespace thriftattn {
 
@@ -55,15 +56,24 @@ class SlotPool {
  public:
   static constexpr int64_t kAlignment = 64;
 
-  SlotPool(SlotPoolOptions options, ByteBudget* budget);
+  // With `memory` the slots lie there, wherever `options` would place them, and data() is null.
+  SlotPool(SlotPoolOptions options, ByteBudget* budget,
+           std::unique_ptr<SlotMemory> memory = nullptr);
 
-  int32_t acquire();  // reference count 1; content is zero
+  int32_t acquire();  // reference count 1; content is zero (with `memory`: what it gives)
   void add_ref(int32_t id);
   void release(int32_t id);
   int32_t refs(int32_t id) const { return slots_[static_cast<size_t>(id)].refs; }
 
   uint8_t* data(int32_t id) { return slots_[static_cast<size_t>(id)].data; }
   const uint8_t* data(int32_t id) const { return slots_[static_cast<size_t>(id)].data; }
+
+  // What works wherever the slots lie.
+  void copy(int32_t from, int32_t to);
+  void write(int32_t id, const uint8_t* from);
+  // The slot's bytes: its own, or a copy in `buffer`.
+  const uint8_t* read(int32_t id, std::vector<uint8_t>& buffer) const;
+  SlotMemory* memory() const { return memory_.get(); }  // null: the CPU's
 
   int64_t slot_bytes() const { return slot_bytes_; }
   int64_t used() const { return used_; }
@@ -89,6 +99,7 @@ class SlotPool {
   SlotPlacement placement_;
   bool poison_;
   ByteBudget* budget_;
+  std::unique_ptr<SlotMemory> memory_;
   int64_t used_ = 0;
   std::vector<Slot> slots_;
   std::vector<int32_t> free_ids_;

@@ -76,8 +76,11 @@ void eval(const EvalArgs& args) {
   tokens.resize(static_cast<size_t>(context));
 
   // FP32, because BF16 activations alone would hide what is measured.
+  const bool on_device = args.model.on_device();
   const auto model = Model::load(
-      opened.file, {.compute = ComputeType::f32, .rope = rope_override(args.model.rope)});
+      opened.file, {.compute = on_device ? ComputeType::stored : ComputeType::f32,
+                    .rope = rope_override(args.model.rope)});
+  const auto device = on_device ? DeviceEngine::load(model, ComputeType::f32) : nullptr;
   std::vector<Policy> all = policies;
   all.push_back(reference);
   EqualizerChoice equalizer = choose_equalizer(*model, args.model, all);
@@ -93,6 +96,7 @@ void eval(const EvalArgs& args) {
                      .chunk = args.chunk,
                      .max_kv_bytes = args.max_kv_bytes,
                      .equalizer = std::move(equalizer.equalizer),
+                     .device = device,
                      .codec = text_codec(*opened.tokenizer),
                      .needle_prefix = opened.tokenizer->adds_bos() ? 1 : 0,
                      .progress = [&](const EvalProgress& p) {
@@ -108,6 +112,7 @@ void eval(const EvalArgs& args) {
                  one_line(args.file).c_str(),
                  fmt::to_string(rows.front().quality.positions).c_str(), reference.name.c_str(),
                  equalizer.note.c_str());
+    if (device != nullptr) std::fprintf(stderr, "device: %s\n", device->explain_device().c_str());
   }
   print_missed(rows);
   print(format_report(rows, args.output == "json"  ? ReportFormat::json
@@ -154,12 +159,16 @@ void add_eval_command(CLI::App& app) {
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
   add_rope_options(*cmd, args->model);
+  add_device_option(*cmd, args->model);
   cmd->add_option("-o,--output", args->output, "table, json (one array) or csv")
       ->check(CLI::IsMember({"table", "json", "csv"}))
       ->capture_default_str()
       ->type_name("FORM");
   cmd->add_option("--save", args->save, "Write the JSON to this file too")->type_name("FILE");
-  cmd->callback([args] { eval(*args); });
+  cmd->callback([args] {
+    require_device(args->model);
+    eval(*args);
+  });
 }
 
 }  // namespace thriftattn::cli

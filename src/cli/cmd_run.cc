@@ -51,6 +51,7 @@ Examples:
   cat notes.txt | thriftattn run -m model.gguf -f - -p "Summarise." --temp 0.7 --top-p 0.9 -s 1
   thriftattn run -m model.gguf -f book.txt -i --prompt-cache book.kv --kv-memory 2GiB
   thriftattn run -m model.gguf -f long.txt -p "What for?" -c 65536 --rope-scaling yarn --rope-scale 2
+  thriftattn run -m model.gguf -f report.txt -p "What was decided?" --device cuda
 
 The answer goes to standard output, everything else to standard error. A policy is a preset,
 a preset with changes ('balanced,promote=0.05'), layers with formats ('0-3:fp8,4-35:nvfp4'),
@@ -181,6 +182,7 @@ class Run {
   const InterruptHandler interrupt_;  // after what may wait for standard input
   AnswerOptions answer_options_;
   std::string compute_, equalizer_note_;
+  std::shared_ptr<DeviceEngine> device_;  // --device cuda
   std::unique_ptr<Session> session_;
   DocumentReport document_;
   int64_t document_bf16_bytes_ = 0;  // of its sequence
@@ -260,6 +262,9 @@ void Run::read_document() {
 RunReport Run::new_report() const {
   return {.model = opened_.config.name,
           .compute = compute_,
+          .device = device_ == nullptr ? ""
+                                       : device_->explain_device() + "; " +
+                                             device_->explain_attention(session_->cache()),
           .policy = policy_.name,
           .layers = resolved_,
           .document = document_,
@@ -385,9 +390,13 @@ void Run::run() {
   }
   require_room(tokens, asked);
 
-  const auto model = Model::load(opened_.file, {.compute = compute_of(args_.compute),
-                                                .rope = rope_override(args_.model.rope)});
-  compute_ = explain_compute(model->compute());
+  // A device takes its weights from the file's own bytes.
+  const bool on_device = args_.model.on_device();
+  const auto model =
+      Model::load(opened_.file, {.compute = compute_of(on_device ? "auto" : args_.compute),
+                                 .rope = rope_override(args_.model.rope)});
+  if (on_device) device_ = DeviceEngine::load(model, compute_of(args_.compute));
+  compute_ = on_device ? device_->explain_compute() : explain_compute(model->compute());
   EqualizerChoice equalizer = choose_equalizer(*model, args_.model, {&policy_, 1});
   equalizer_note_ = equalizer.note;
   session_ = std::make_unique<Session>(
@@ -396,7 +405,8 @@ void Run::run() {
                      .equalizer = std::move(equalizer.equalizer),
                      .chunk = args_.chunk,
                      .max_kv_bytes = args_.kv_memory,
-                     .cancelled = [] { return InterruptHandler::interrupted(); }});
+                     .cancelled = [] { return InterruptHandler::interrupted(); },
+                     .device = device_});
   try {
     read_document();
   } catch (const Error& error) {
@@ -475,7 +485,8 @@ void add_run_command(CLI::App& app) {
       ->capture_default_str()
       ->type_name("N");
   cmd->add_option("--compute", args->compute,
-                  "Weights of the dense layers: f32, bf16, or auto: as the file has them")
+                  "Weights of the dense layers: f32, bf16, or auto: as the file has them (on a "
+                  "device BF16)")
       ->check(CLI::IsMember({"auto", "f32", "bf16"}))
       ->capture_default_str()
       ->type_name("TYPE");
@@ -486,6 +497,7 @@ void add_run_command(CLI::App& app) {
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
   add_rope_options(*cmd, args->model);
+  add_device_option(*cmd, args->model);
   cmd->add_flag("--raw", args->raw,
                 "Continue document and prompt as they are, without the model's chat form");
   cmd->add_option("-o,--output", args->output, "text, or json: one object with answer and figures")
@@ -496,6 +508,7 @@ void add_run_command(CLI::App& app) {
     args->policy_given = policy->count() > 0;
     args->interactive |= args->conversation;
     check_usage(*args);
+    require_device(args->model);
     Run(*args).run();
   });
 }

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <new>
 
+#include "thriftattn/cuda.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn::cli {
@@ -72,6 +73,24 @@ void add_rope_options(CLI::App& app, ModelArgs& args) {
                  "Original context of YaRN; the model's if it is not given")
       ->check(CLI::PositiveNumber)
       ->type_name("N");
+}
+
+void add_device_option(CLI::App& app, ModelArgs& args) {
+  app.add_option("--device", args.device,
+                 "Where to compute: cpu, or cuda, an NVIDIA GPU with the cache in its memory")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str()
+      ->type_name("DEVICE");
+}
+
+void require_device(const ModelArgs& args) {
+  if (!args.on_device()) return;
+  try {
+    cuda::device_info();
+  } catch (const Error& error) {
+    throw Error(error.code(),
+                fmt::format("--device cuda: {} (or leave --device out)", error.what()));
+  }
 }
 
 std::optional<RopeOverride> rope_override(const RopeArgs& args) {

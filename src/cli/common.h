@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine/calibrate.h"
+#include "engine/device_engine.h"
 #include "engine/gguf.h"
 #include "engine/model_config.h"
 #include "engine/tokenizer.h"
@@ -44,12 +45,20 @@ struct ModelArgs {
   int threads = 0;  // 0 = all
   bool no_equalize = false;
   RopeArgs rope;
+  std::string device = "cpu";
+
+  bool on_device() const { return device == "cuda"; }
 };
 
 void add_model_option(CLI::App& app, ModelArgs& args);
 void add_threads_option(CLI::App& app, ModelArgs& args);
 void add_equalize_option(CLI::App& app, ModelArgs& args);
 void add_rope_options(CLI::App& app, ModelArgs& args);
+void add_device_option(CLI::App& app, ModelArgs& args);
+
+// Error with the reason where `--device cuda` is asked for and there is none. Costs nothing, so it
+// comes before anything is read.
+void require_device(const ModelArgs& args);
 
 // What the RoPE options ask for together; nothing if none is given.
 std::optional<RopeOverride> rope_override(const RopeArgs& args);

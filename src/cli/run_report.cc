@@ -51,6 +51,11 @@ std::string phase_text(std::string_view name, const PhaseStats& p) {
 
 std::string guarantee_text(const RunReport& r) {
   const AttendStats& a = r.decode.attend;
+  if (!a.masses_known) {
+    return "what the rule says: a skipped page held at most `skip` of a query head's attention, a page "
+           "read in 4 bits at most `promote` if its residual is held; the masses themselves are "
+           "measured by --device cpu alone";
+  }
   std::string text = fmt::format(
       "a page read in 4 bits held at most {} of a query head's attention, a skipped one at most "
       "{}; together they held {} and {} on average",
@@ -135,6 +140,7 @@ std::string run_report_text(const RunReport& r) {
   line("policy", fmt::format("{}: {}", r.policy, explain(r.layers)));
   while (text.ends_with("\n\n")) text.pop_back();
   line("model", r.model + "; " + r.compute);
+  if (!r.device.empty()) line("device", r.device);
   return text;
 }
 
@@ -142,6 +148,9 @@ std::string run_report_json(const RunReport& r, bool one_line) {
   const AttendStats& a = r.decode.attend;
   const bool decoded = a.rows > 0;
   const auto if_decoded = [&](double x) { return decoded ? ordered_json(x) : ordered_json(); };
+  const auto if_known = [&](double x) {
+    return decoded && a.masses_known ? ordered_json(x) : ordered_json();
+  };
   ordered_json kv = ordered_json::object();
   for (const Plane& plane : planes(r.usage)) kv[std::string(plane.name) + "_bytes"] = plane.bytes;
   ordered_json all = ordered_json::object();
@@ -152,6 +161,7 @@ std::string run_report_json(const RunReport& r, bool one_line) {
       {"policy", r.policy},
       {"model", r.model},
       {"compute", r.compute},
+      {"device", r.device.empty() ? "cpu" : r.device},
       {"prompt_tokens", r.prompt_tokens},
       {"answer_tokens", r.answer_tokens},
       {"context", r.context},
@@ -169,13 +179,13 @@ std::string run_report_json(const RunReport& r, bool one_line) {
       {"promoted_fraction", if_decoded(a.promoted_fraction())},
       {"skipped_fraction", if_decoded(a.skipped_fraction())},
       {"guarantee",
-       {{"max_mass_4bit", if_decoded(a.max_mass_4bit)},
-        {"max_mass_skipped", if_decoded(a.max_mass_skipped)},
-        {"mean_mass_4bit", if_decoded(per_head(a.sum_mass_4bit, a))},
-        {"mean_mass_skipped", if_decoded(per_head(a.sum_mass_skipped, a))},
-        {"mean_final_mass_4bit", if_decoded(per_head(a.final_mass_4bit, a))},
-        {"mean_final_mass_skipped", if_decoded(per_head(a.final_mass_skipped, a))},
-        {"mean_wanted_mass", if_decoded(per_head(a.wanted_mass, a))},
+       {{"max_mass_4bit", if_known(a.max_mass_4bit)},
+        {"max_mass_skipped", if_known(a.max_mass_skipped)},
+        {"mean_mass_4bit", if_known(per_head(a.sum_mass_4bit, a))},
+        {"mean_mass_skipped", if_known(per_head(a.sum_mass_skipped, a))},
+        {"mean_final_mass_4bit", if_known(per_head(a.final_mass_4bit, a))},
+        {"mean_final_mass_skipped", if_known(per_head(a.final_mass_skipped, a))},
+        {"mean_wanted_mass", if_known(per_head(a.wanted_mass, a))},
         {"capped_fraction", if_decoded(a.capped_fraction())}}},
   });
   // A model can emit bytes that are not UTF-8.

@@ -24,6 +24,7 @@ struct DocumentReport {
 struct RunReport {
   std::string model;
   std::string compute;  // how the dense layers run
+  std::string device;   // and where, with the kernels of attention; empty = the CPU
   std::string policy;   // its name
   std::vector<LayerPolicy> layers;
   std::string question;  // of an answer in a series

@@ -130,6 +130,17 @@ void DenseMatrix::set_rows(int64_t first, int64_t count, const float* values) {
   }
 }
 
+void DenseMatrix::expand_rows(int64_t first, int64_t count, float* values) const {
+  for (const Part& part : parts_) {
+    const int64_t from = std::max(first, part.first);
+    const int64_t to = std::min(first + count, part.first + part.rows);
+    for (int64_t r = from; r < to; ++r) {
+      expand(part.type, part.data + (r - part.first) * part.row_bytes, k_,
+             values + (r - first) * k_);
+    }
+  }
+}
+
 DenseMatrix DenseMatrix::load(const GgufFile& file, const std::vector<std::string>& names,
                               const std::vector<int64_t>& rows, int64_t k, ComputeType type) {
   int64_t n = 0;

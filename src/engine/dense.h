@@ -44,6 +44,8 @@ class DenseMatrix {
   int64_t bytes() const;  // of the weights, in memory or in the file's mapping
 
   void set_rows(int64_t first, int64_t count, const float* values);
+  // Those rows as FP32, whatever they are kept in.
+  void expand_rows(int64_t first, int64_t count, float* values) const;
   // y[m][n] = x[m][k] W^T + bias; bias [n] or null. Threaded with oneTBB; the result depends
   // on m (other kernels for few rows), but not on the number of threads.
   void multiply(const float* x, int64_t m, float* y, const float* bias = nullptr) const;

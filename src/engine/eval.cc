@@ -121,7 +121,8 @@ class Evaluation {
     return {.context = options_.context,
             .equalizer = options_.equalizer,
             .chunk = options_.chunk,
-            .max_kv_bytes = options_.max_kv_bytes};
+            .max_kv_bytes = options_.max_kv_bytes,
+            .device = options_.device};
   }
 
   std::unique_ptr<Contender> make(const Policy& policy) const {
@@ -163,7 +164,7 @@ class Evaluation {
       Contender& c = *contenders_[i];
       std::vector<float>& out = i == 0 ? reference_logits_ : logits_;
       const Stopwatch watch;
-      logits(*model_, c.hidden.data() + first * model_->config().width, rows, out.data());
+      c.session.logits_of(c.hidden.data() + first * model_->config().width, rows, out.data());
       c.seconds += watch.seconds();
       if (i == 0) {
         block_.set(out, targets, vocab);

@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "engine/device_engine.h"
 #include "engine/kl_metrics.h"
 #include "engine/needles.h"
 #include "engine/transformer.h"
@@ -43,6 +44,7 @@ struct EvalOptions {
   int64_t chunk = 512;       // tokens a step; without influence on what is read
   int64_t max_kv_bytes = 0;  // of each cache; 0 = no limit
   Equalizer equalizer;
+  std::shared_ptr<DeviceEngine> device;  // of the model; none = the CPU
   TextCodec codec;            // for the needles
   int64_t needle_prefix = 0;  // leading tokens of the text that stay first (beginning of text)
   std::function<void(const EvalProgress&)> progress;

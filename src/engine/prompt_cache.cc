@@ -79,11 +79,16 @@ std::string equalizer_hash(const Equalizer& equalizer) {
 ordered_json header_of(const PromptCacheKey& key, const Session& session) {
   const Model& model = session.model();
   const std::string policy = explain(session.policy());
+  // A device rounds otherwise, also with the same type of weights.
+  const std::string weights =
+      session.device() == nullptr
+          ? std::string(to_string(model.compute()))
+          : fmt::format("{} on a CUDA device", to_string(session.device()->compute()));
   const std::string rope = explain_rope_scaling(model.config());
   return {{"page_format", kPageFormatVersion},
           {"model", model.hash()},
           {"model_name", model.config().name},
-          {"weights", to_string(model.compute())},
+          {"weights", weights},
           {"rope_scaling", rope.empty() ? "none" : rope},
           {"equalizer", equalizer_hash(session.cache().config().equalizer)},
           {"policy", hash_text(policy.data(), policy.size())},

@@ -30,11 +30,16 @@ Session::Session(std::shared_ptr<const Model> model, const Policy& policy, Sessi
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("chunk is {}, required: at least 1 token", options_.chunk));
   }
-  cache_ =
-      std::make_shared<KvCache>(KvCacheConfig{.layers = layer_shapes(config),
-                                              .policy = resolve(policy, policy_context(config, options_.context)),
-                                              .equalizer = std::move(options_.equalizer),
-                                              .max_bytes = options_.max_kv_bytes});
+  if (options_.device != nullptr && &options_.device->model() != model_.get()) {
+    throw Error(ErrorCode::invalid_argument,
+                "the device has the weights of another model; load a DeviceEngine from this one");
+  }
+  KvCacheConfig cache{.layers = layer_shapes(config),
+                      .policy = resolve(policy, policy_context(config, options_.context)),
+                      .equalizer = std::move(options_.equalizer),
+                      .max_bytes = options_.max_kv_bytes};
+  cache_ = options_.device != nullptr ? options_.device->make_cache(std::move(cache))
+                                      : std::make_unique<KvCache>(std::move(cache));
   options_.equalizer = {};  // the cache has it now
   sequence_ = cache_->create();
 }
@@ -130,19 +135,26 @@ void Session::step(std::span<const int32_t> tokens, AttendMode mode, float* hidd
   const auto count = static_cast<int64_t>(tokens.size());
   const int64_t width = model_->config().width;
   require_room(count);
-  std::vector<float> own;
-  if (hidden == nullptr) {
-    own.resize(static_cast<size_t>(count * width));
-    hidden = own.data();
-  }
   PhaseStats phase;
   ForwardOptions options;
   options.mode = mode;
   options.stats = &phase.attend;
   options.times = &phase.times;
   options.cancelled = options_.cancelled;
-  forward(*model_, *cache_, sequence_, tokens, options, hidden);
-  last_hidden_.assign(hidden + (count - 1) * width, hidden + count * width);
+  std::vector<float> last(static_cast<size_t>(width));
+  if (options_.device != nullptr) {
+    options_.device->forward(*cache_, sequence_, tokens, options,
+                             {.hidden = hidden, .last = last.data()});
+  } else {
+    std::vector<float> own;
+    if (hidden == nullptr) {
+      own.resize(static_cast<size_t>(count * width));
+      hidden = own.data();
+    }
+    forward(*model_, *cache_, sequence_, tokens, options, hidden);
+    std::copy_n(hidden + (count - 1) * width, width, last.data());
+  }
+  last_hidden_ = std::move(last);
   logits_.clear();
 
   PhaseStats& sum = mode == AttendMode::prefill ? prefill_stats_ : decode_stats_;
@@ -180,9 +192,17 @@ const std::vector<float>& Session::compute_logits(ForwardTimes* times) {
                 "a token first");
   }
   std::vector<float> out(static_cast<size_t>(model_->config().vocab));
-  logits(*model_, last_hidden_.data(), 1, out.data(), times);
+  logits_of(last_hidden_.data(), 1, out.data(), times);
   logits_ = std::move(out);
   return logits_;
+}
+
+void Session::logits_of(const float* hidden, int64_t rows, float* out, ForwardTimes* times) const {
+  if (options_.device != nullptr) {
+    options_.device->logits(hidden, rows, out, times);
+  } else {
+    logits(*model_, hidden, rows, out, times);
+  }
 }
 
 }  // namespace thriftattn

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cache/sequence_io.h"
+#include "engine/device_engine.h"
 #include "engine/transformer.h"
 #include "thriftattn/kv_cache.h"
 #include "thriftattn/policy.h"
@@ -22,6 +23,7 @@ struct SessionOptions {
   int64_t max_kv_bytes = 0;  // 0 = no limit
   // Asked before each layer of each step; true ends it with Error(cancelled). Finished steps stay.
   std::function<bool()> cancelled = {};
+  std::shared_ptr<DeviceEngine> device = {};  // of the same model: compute there; none = the CPU
 };
 
 struct PhaseStats {
@@ -50,6 +52,9 @@ class Session {
   // Logits after the last token fed. Throws if there is none, or after truncate().
   const std::vector<float>& next_logits();
 
+  // The LM head of activations that step() gave: out [rows][vocab].
+  void logits_of(const float* hidden, int64_t rows, float* out, ForwardTimes* times = nullptr) const;
+
   // A second session with the same past; pages are shared inside one cache, so sessions made
   // by fork() must be used from one thread at a time.
   Session fork() const;
@@ -64,6 +69,7 @@ class Session {
   Session& operator=(Session&&) noexcept;
 
   const Model& model() const { return *model_; }
+  const DeviceEngine* device() const { return options_.device.get(); }
   KvCache& cache() { return *cache_; }
   const KvCache& cache() const { return *cache_; }
   SequenceId sequence() const { return sequence_; }
@@ -86,7 +92,7 @@ class Session {
 
   std::shared_ptr<const Model> model_;
   SessionOptions options_;
-  std::shared_ptr<KvCache> cache_;
+  std::shared_ptr<KvCache> cache_;  // of options_.device if there is one
   SequenceId sequence_ = 0;
   std::vector<float> last_hidden_;  // of the last token fed; empty = unknown
   std::vector<float> logits_;       // of last_hidden_; empty = not computed

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cli/command.h"
+#include "thriftattn/cuda.h"
 
 namespace thriftattn::test {
 namespace {
@@ -53,6 +54,19 @@ TEST_F(CliErrors, CommandLine) {
   EXPECT_SAYS(error(eval_with({"--needles", "257"}), 2), "257");
   EXPECT_SAYS(error({"run", "-m", model_, "-f", text_}, 2), "-p");
   EXPECT_SAYS(error({"eval", "-m", model_}, 2), "--file");
+}
+
+// Said before anything is read, whatever is missing: the build, the driver or the device.
+TEST_F(CliErrors, Device) {
+  EXPECT_SAYS(error(run_with({"--device", "tpu"}), 2), "tpu");
+  EXPECT_SAYS(error(eval_with({"--device", "gpu"}), 2), "gpu");
+  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a device";
+  for (const std::string& message :
+       {error(run_with({"--device", "cuda"})), error(eval_with({"--device", "cuda"}))}) {
+    EXPECT_SAYS(message, "--device cuda: ");
+    EXPECT_SAYS(message, "leave --device out");
+    EXPECT_SAYS(message, cuda::compiled() ? "no device" : "without the CUDA backend");
+  }
 }
 
 TEST_F(CliErrors, Policies) {

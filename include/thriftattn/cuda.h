@@ -71,7 +71,7 @@ class DeviceMemory {
  private:
   void* data_ = nullptr;
   int64_t bytes_ = 0;
-  int device_ = 0;
+  [[maybe_unused]] int device_ = 0;  // without the backend nothing reads it
 };
 
 // Asynchronous with respect to the host where the host memory is pinned. stream nullptr is the

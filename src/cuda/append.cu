@@ -11,6 +11,7 @@
 #include "base/float_convert.h"
 #include "cuda/checks.h"
 #include "cuda/device_tables.cuh"
+#include "cuda/hadamard.cuh"
 #include "cuda/launch.h"
 #include "formats/nvfp4.h"
 
@@ -44,34 +45,6 @@ __device__ float tree_sum_64(Load load) {
   }
   return ((level[0] + level[1]) + (level[2] + level[3])) +
          ((level[4] + level[5]) + (level[6] + level[7]));
-}
-
-// Element r * 32 + lane of a row in x[r]. Butterflies of stride 1, 2, 4, ... as
-// hadamard_rows_scalar().
-template <int Regs>
-__device__ void hadamard_row(float (&x)[Regs], int lane, float factor) {
-  constexpr int kDim = 32 * Regs;
-  constexpr int kBlock = kDim & -kDim;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) {
-      const float other = __shfl_xor_sync(0xffffffffu, x[r], step);
-      x[r] = (lane & step) ? other - x[r] : x[r] + other;
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kBlock / 32; step *= 2) {
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) {
-      if (r & step) continue;
-      const float a = x[r], b = x[r + step];
-      x[r] = a + b;
-      x[r + step] = a - b;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < Regs; ++r) x[r] *= factor;
 }
 
 __device__ void report(AppendStatus* status, int side, int sequence, int head, int64_t token) {

@@ -261,14 +261,7 @@ __device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
   const bool planes = a_.g.k.layered() && !open;
   const float* record = s_.record[n % 2];
   float s[4][NT][4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int t = 0; t < NT; ++t) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][t][e] = 0;
-    }
-  }
+  clear(s);
   cur.note = n % kNotes;
   cur.issued = 0;
   cur.mean_only = false;

@@ -50,14 +50,7 @@ __device__ void DecodeWarp<D, NT>::values_nvfp4(const uint8_t* codes, const uint
   for (int w = 0; w < kWords; ++w) {
     const int word = g_ * kWords + w;
     float acc[4][NT][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[i][n][e] = 0;
-      }
-    }
+    clear(acc);
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       const uint8_t* at = codes + 16 * slice * (D / 2) + 4 * word;
@@ -198,14 +191,7 @@ __device__ void DecodeWarp<D, NT>::values_fp8(const uint8_t* rows, const Pending
 #pragma unroll
     for (int part = 0; part < 2; ++part) {  // dims 0 to 3 and 4 to 7 of the eight
       float acc[2][NT][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][n][e] = 0;
-        }
-      }
+      clear(acc);
 #pragma unroll
       for (int slice = 0; slice < 2; ++slice) {
         const uint8_t* at = rows + 16 * slice * (D + 4) + 4 + 8 * (g_ * kWords + w) + 4 * part;

@@ -135,14 +135,7 @@ __device__ void DecodeWarp<D, NT>::walk_planes() {
         left &= left - 1;
         const int stage = k_used_ % kStages;
         float s[4][NT][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int t = 0; t < NT; ++t) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[i][t][e] = 0;
-          }
-        }
+        clear(s);
         barrier_wait(&s_.k_bar[stage], k_used_ / kStages & 1);
         scores_nvfp4(s_.k[stage], s);
         const float* record = s_.record[stage];

@@ -124,14 +124,7 @@ class DecodeWarp {
       m_[c] = kEmpty;
       l_[c] = 0;
     }
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o_[i][n][e] = 0;
-      }
-    }
+    clear(o_);
     if constexpr (kQueryInRegisters) {
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) q_[i] = query_nvfp4()[i * 32];

@@ -12,6 +12,7 @@
 #include "cuda/attend_args.cuh"
 #include "cuda/attend_launch.h"
 #include "cuda/dependent_launch.cuh"
+#include "cuda/hadamard.cuh"
 
 namespace thriftattn::cuda {
 namespace {
@@ -32,7 +33,6 @@ template <int Regs>
 __device__ void transform_row(const AttendArgs& a, const TileView& v, int head, int row, int lane,
                               float (&x)[Regs]) {
   constexpr int kDim = 32 * Regs;
-  constexpr int kBlock = kDim & -kDim;
   const int i = row / a.g.group, g = row % a.g.group;
   const int64_t stride = a.call.q_token_stride ? a.call.q_token_stride
                                                : int64_t{a.g.kv_heads} * a.g.group * kDim;
@@ -44,28 +44,7 @@ __device__ void transform_row(const AttendArgs& a, const TileView& v, int head, 
     x[r] = load_q(a.call, at + r * 32 + lane);
     if (s != nullptr) x[r] /= s[head * kDim + r * 32 + lane];
   }
-  if (a.g.k.layered() && a.g.rotate) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-      for (int r = 0; r < Regs; ++r) {
-        const float other = __shfl_xor_sync(0xffffffffu, x[r], step);
-        x[r] = (lane & step) ? other - x[r] : x[r] + other;
-      }
-    }
-#pragma unroll
-    for (int step = 1; step < kBlock / 32; step *= 2) {
-#pragma unroll
-      for (int r = 0; r < Regs; ++r) {
-        if (r & step) continue;
-        const float p = x[r], q = x[r + step];
-        x[r] = p + q;
-        x[r + step] = p - q;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) x[r] *= a.hadamard_factor;
-  }
+  if (a.g.k.layered() && a.g.rotate) hadamard_row(x, lane, a.hadamard_factor);
 #pragma unroll
   for (int r = 0; r < Regs; ++r) x[r] *= a.softmax_scale * kLog2e;
 }

@@ -181,4 +181,17 @@ __device__ inline uint32_t expand_e4m3(uint32_t x) {
   return ((x & 0x007f007fu) << 7) | ((x & 0x00800080u) << 8);
 }
 
+// Accumulators of products start from zeros.
+template <int I, int N>
+__device__ inline void clear(float (&x)[I][N][4]) {
+#pragma unroll
+  for (int i = 0; i < I; ++i) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i][n][e] = 0;
+    }
+  }
+}
+
 }  // namespace thriftattn::cuda

@@ -28,7 +28,8 @@ constexpr int64_t kFewQueries = 16;
 
 using Task = std::function<void(AttendStats*)>;
 
-// Tiles never straddle a page, so that every page is either sealed or open for a whole tile.
+// The positions of each tile, for KV head 0. Tiles never straddle a page, so that every page is
+// either sealed or open for a whole tile.
 std::vector<TileSpec> make_tiles(const LayerView& view, const AttendRequest& request,
                                  int64_t rows) {
   const LayerShape& shape = view.store().shape;
@@ -37,20 +38,17 @@ std::vector<TileSpec> make_tiles(const LayerView& view, const AttendRequest& req
   while (step < kPageTokens && step * 2 * group <= rows) step *= 2;
   std::vector<TileSpec> tiles;
   const int64_t first = view.length() - request.q.tokens;
-  for (int64_t head = 0; head < shape.kv_heads; ++head) {
-    for (int64_t token = first; token < view.length();) {
-      const int64_t end = std::min(view.length(), (token / step + 1) * step);
-      tiles.push_back({head, token - first, end - token, token});
-      token = end;
-    }
+  for (int64_t token = first; token < view.length();) {
+    const int64_t end = std::min(view.length(), (token / step + 1) * step);
+    tiles.push_back({0, token - first, end - token, token});
+    token = end;
   }
   return tiles;
 }
 
 // Tiles of few queries share out their splits as well. Isolated: a thread that waits for the last
 // split must not begin another tile, whose scores would be held beside this one's.
-template <typename Tile>
-void run_tile(Tile& tile, bool few, AttendStats* stats) {
+void run_tile(AttendTile& tile, bool few, AttendStats* stats) {
   const auto over_splits = [&](auto&& f) {
     if (few) {
       tbb::this_task_arena::isolate([&] { tbb::parallel_for(int64_t{0}, tile.splits(), f); });
@@ -87,18 +85,21 @@ void add_tasks(const LayerView& view, const AttendRequest& request, ScratchPool&
   if (fast && request.config.mode == AttendMode::decode && DecodeTile::supports(view.store())) {
     const DecodeKernels& kernels = DecodeTile::kernels_for(view.store());
     for (const TileSpec& spec : make_tiles(view, request, kDecodeRows)) {
-      if (spec.kv_head != 0) break;  // the first head's tiles come first: one of each position
       tasks.push_back([&view, &request, &scratch, &kernels, spec, few](AttendStats* stats) {
         DecodeHeads(view, request, spec, kernels, scratch).run(few, stats);
       });
     }
     return;
   }
-  for (const TileSpec& spec : make_tiles(view, request, kTileRows)) {
-    tasks.push_back([&view, &request, spec, few](AttendStats* stats) {
-      AttendTile tile(view, request, spec);
-      run_tile(tile, few, stats);
-    });
+  const std::vector<TileSpec> tiles = make_tiles(view, request, kTileRows);
+  for (int64_t head = 0; head < view.store().shape.kv_heads; ++head) {
+    for (TileSpec spec : tiles) {
+      spec.kv_head = head;
+      tasks.push_back([&view, &request, spec, few](AttendStats* stats) {
+        AttendTile tile(view, request, spec);
+        run_tile(tile, few, stats);
+      });
+    }
   }
 }
 

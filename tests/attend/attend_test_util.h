@@ -73,4 +73,16 @@ void expect_refusal(ErrorCode code, const std::string& part, F&& f) {
   }
 }
 
+// attend() against attend_reference(): out by rows, and the LSE.
+inline void expect_within(const CaseOptions& options, double bound, const std::string& what) {
+  AttentionCase c(options);
+  std::vector<float> lse, lse_ref;
+  const auto out = c.attend(nullptr, &lse);
+  const auto ref = c.attend_reference(&lse_ref);
+  EXPECT_LT(row_error(out, ref, options.shape.head_dim_v), bound) << what;
+  for (size_t i = 0; i < lse.size(); ++i) {
+    EXPECT_NEAR(lse[i], lse_ref[i], bound * (1 + 0.1 * std::fabs(lse_ref[i]))) << what;
+  }
+}
+
 }  // namespace thriftattn::testing

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <string>
 
+#include "attend/attend_test_util.h"
 #include "attend/decode_kernels.h"
 #include "support/attention_case.h"
 #include "thriftattn/error.h"
@@ -39,17 +40,6 @@ class DecodeFast : public ::testing::Test {
 CaseOptions fast(CaseOptions o) {
   o.math = AttendMath::fast;
   return o;
-}
-
-void expect_within(const CaseOptions& options, double bound, const std::string& what) {
-  AttentionCase c(options);
-  std::vector<float> lse, lse_ref;
-  const auto out = c.attend(nullptr, &lse);
-  const auto ref = c.attend_reference(&lse_ref);
-  EXPECT_LT(row_error(out, ref, options.shape.head_dim_v), bound) << what;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    EXPECT_NEAR(lse[i], lse_ref[i], bound * (1 + 0.1 * std::fabs(lse_ref[i]))) << what;
-  }
 }
 
 void expect_close(CaseOptions options, const std::string& what) {

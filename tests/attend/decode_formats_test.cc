@@ -175,17 +175,6 @@ TEST(ExpandRows, F32IsTheCodecsValue) {
 
 // ---- attention
 
-void expect_within(const CaseOptions& options, double bound, const std::string& what) {
-  AttentionCase c(options);
-  std::vector<float> lse, lse_ref;
-  const auto out = c.attend(nullptr, &lse);
-  const auto ref = c.attend_reference(&lse_ref);
-  EXPECT_LT(row_error(out, ref, options.shape.head_dim_v), bound) << what;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    EXPECT_NEAR(lse[i], lse_ref[i], bound * (1 + 0.1 * std::fabs(lse_ref[i]))) << what;
-  }
-}
-
 // In AttendMath::fast: BF16 kernels if this machine has them, and FP32's bound where they are not
 // for this layer.
 void expect_close(CaseOptions o, const std::string& what) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <string>
 
+#include "attend/attend_test_util.h"
 #include "attend/prefill_kernels.h"
 #include "support/attention_case.h"
 
@@ -26,17 +27,6 @@ class PrefillFast : public ::testing::Test {
     if (prefill_kernels_bf16() == nullptr) GTEST_SKIP() << "no AVX-512 BF16 on this machine";
   }
 };
-
-void expect_within(const CaseOptions& options, double bound, const std::string& what) {
-  AttentionCase c(options);
-  std::vector<float> lse, lse_ref;
-  const auto out = c.attend(nullptr, &lse);
-  const auto ref = c.attend_reference(&lse_ref);
-  EXPECT_LT(row_error(out, ref, options.shape.head_dim_v), bound) << what;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    EXPECT_NEAR(lse[i], lse_ref[i], bound * (1 + 0.1 * std::fabs(lse_ref[i]))) << what;
-  }
-}
 
 CaseOptions prefill(LayerPolicy policy, int64_t length, int64_t queries) {
   CaseOptions o{.policy = policy, .length = length, .queries = queries};

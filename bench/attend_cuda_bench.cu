@@ -1,4 +1,5 @@
-// thriftattn_cuda_bench: decode, verify and append on the device, a JSON line each.
+// thriftattn_cuda_bench: decode, verify, prefill and append on the device, a JSON line each; --prefill
+// runs the prefill rows alone.
 //
 // Keys and values are drawn on the device so that pages hold known shares of the attention, and
 // go through append(). The query heads of a group point in two directions; a page's keys are
@@ -28,6 +29,7 @@ using cuda::check;
 using cuda::DeviceMemory;
 
 bool g_profile = false;  // a few plain calls, for a profiler
+std::string g_only;      // of the runs, those whose name has this
 constexpr float kGain = 0.25f;  // |q| / sqrt(head_dim): noise of scores
 
 __device__ float normal(uint64_t i, uint32_t seed) {
@@ -191,6 +193,8 @@ std::vector<float> lifts(int64_t pages, double promoted, double skipped) {
 }
 
 Row run(const Spec& spec, Timer& timer, const Peaks& peaks, double bf16_ms, bool parts) {
+  const std::string name = std::string(spec.name) + (spec.q_len == 1 ? "" : "-verify");
+  if (!g_only.empty() && name.find(g_only) == std::string::npos) return {};
   const LayerShape shape{.kv_heads = spec.kv_heads, .q_heads = spec.q_heads, .head_dim_k = spec.dim,
                          .head_dim_v = spec.dim};
   const int64_t pages = (spec.ctx + 63) / 64;
@@ -326,18 +330,20 @@ Row run(const Spec& spec, Timer& timer, const Peaks& peaks, double bf16_ms, bool
     for (int64_t r = 0; r < rotation; ++r) cuda::attend(plan, call_of(r), s);
   });
   const double ms = median(all) / rotation, best = *std::min_element(all.begin(), all.end()) / rotation;
+  // prepare, prepare and the walk (which needs it each time), merge.
   double part[3] = {};
   if (parts) {
     for (int i = 0; i < 3; ++i) {
       part[i] = median(timer.time(11, [&](cudaStream_t s) {
                   for (int64_t r = 0; r < rotation; ++r) {
                     const cuda::AttendArgs a = cuda::make_attend_args(plan.state(), call_of(r));
-                    if (i == 0) cuda::launch_prepare(a, s);
-                    if (i == 1) cuda::launch_decode(a, plan.state().n_tiles, s);
+                    if (i < 2) cuda::launch_prepare(a, s);
+                    if (i == 1) cuda::launch_walk(plan.state(), a, s);
                     if (i == 2) cuda::launch_merge(a, s);
                   }
                 })) / rotation;
     }
+    part[1] -= part[0];
   }
   const double gb_s = bytes / ms * 1e-6;
   const double append_bytes = append_tokens * width * 2 * 2 + append_tokens / 64 * (sizes.page + (sizes.residual * spec.kv_heads));
@@ -357,11 +363,185 @@ Row run(const Spec& spec, Timer& timer, const Peaks& peaks, double bf16_ms, bool
   return {ms, bytes};
 }
 
+struct PrefillSpec {
+  const char* name;
+  LayerPolicy policy;
+  int64_t cached, step, q_heads, kv_heads, dim;
+};
+
+__global__ void draw_q(uint16_t* q, int64_t n, float gain) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    q[i] = __float_as_uint(gain * normal(i, 4242)) + 0x8000u >> 16;
+  }
+}
+
+// A causal step on `cached` tokens, in prefill mode; BF16 q and out. Work is counted as 4 * q_heads *
+// head_dim for each visible (query, key).
+void run_prefill(const PrefillSpec& spec, Timer& timer) {
+  const LayerShape shape{.kv_heads = spec.kv_heads, .q_heads = spec.q_heads, .head_dim_k = spec.dim,
+                         .head_dim_v = spec.dim};
+  const int64_t total = spec.cached + spec.step, pages = (total + 63) / 64, open_pages = spec.step / 64 + 2;
+  const cuda::SlotSizes sizes = cuda::slot_sizes(shape, spec.policy);
+  const bool sealed = spec.policy.residency == Residency::dropped;
+  // Every page of the step holds residuals; of those before, as the cache would.
+  const auto holds_residual = [&](int64_t p) {
+    return sizes.residual > 0 && (!sealed || p == 0 || (p + 1) * 64 > spec.cached - 512);
+  };
+  std::vector<int32_t> blocks, residual_ids, open_ids;
+  int32_t residuals = 0;
+  for (int64_t p = 0; p < pages; ++p) {
+    blocks.push_back(static_cast<int32_t>(p * 7919 % pages));
+    for (int64_t h = 0; h < spec.kv_heads; ++h) residual_ids.push_back(holds_residual(p) ? residuals++ : -1);
+  }
+  for (int64_t i = 0; i < open_pages; ++i) open_ids.push_back(static_cast<int32_t>(i));
+  const auto upload = [&](const std::vector<int32_t>& x) {
+    DeviceMemory m(static_cast<int64_t>(x.size() * 4));
+    cuda::copy_to_device(m.data(), x.data(), m.bytes(), timer.stream());
+    cuda::synchronize(timer.stream());
+    return m;
+  };
+  const DeviceMemory d_blocks = upload(blocks), d_residuals = upload(residual_ids), d_open = upload(open_ids);
+  DeviceMemory pool(pages * sizes.page), open(std::max<int64_t>(16, open_pages * sizes.open)),
+      res(std::max<int64_t>(16, int64_t{residuals} * sizes.residual)), lift(pages * 8), numbers(16);
+  cuda::fill(lift.data(), 0, lift.bytes(), timer.stream());
+  const cuda::AttendPlan plan(shape, spec.policy, {.batch = 1, .max_pages = pages, .step_tokens = spec.step,
+                                                   .open_pages = open_pages});
+  const int64_t width = spec.kv_heads * spec.dim, q_width = spec.q_heads * spec.dim;
+  DeviceMemory workspace(plan.workspace_bytes()), k(spec.step * width * 2), v(spec.step * width * 2),
+      q(spec.step * q_width * 2), out(spec.step * q_width * 2);
+  const cuda::LayerMemory memory{pool.as<uint8_t>(), res.as<uint8_t>(), open.as<uint8_t>(), nullptr};
+  const cuda::BatchTables tables{numbers.as<int32_t>(), d_blocks.as<int32_t>(), d_residuals.as<int32_t>(),
+                                 d_open.as<int32_t>(), numbers.as<int32_t>() + 1};
+  for (int64_t at = 0; at < total;) {
+    // The step comes last and whole.
+    const int64_t n = std::min(spec.step, at < spec.cached ? spec.cached - at : total - at);
+    draw_kv<<<1024, 256, 0, timer.stream()>>>(k.as<uint16_t>(), v.as<uint16_t>(), lift.as<float>(), at, n,
+                                              static_cast<int>(spec.kv_heads), static_cast<int>(spec.dim), 5);
+    at += n;
+    const int32_t of_step[3] = {static_cast<int32_t>(at), 0, static_cast<int32_t>(n)};
+    cuda::copy_to_device(numbers.data(), of_step, 12, timer.stream());
+    cuda::AppendCall call;
+    call.memory = memory;
+    call.tables = tables;
+    call.k = k.data();
+    call.v = v.data();
+    call.workspace = workspace.data();
+    cuda::append(plan, call, timer.stream());
+    cuda::synchronize(timer.stream());
+  }
+  draw_q<<<1024, 256, 0, timer.stream()>>>(q.as<uint16_t>(), spec.step * q_width, 1.0f);
+  cuda::AttendCall call;
+  call.memory = memory;
+  call.tables = tables;
+  call.config = {.mode = AttendMode::prefill, .softmax_scale = 1.0f / std::sqrt(static_cast<float>(spec.dim))};
+  call.q = q.data();
+  call.out = out.data();
+  call.workspace = workspace.data();
+  const auto all = timer.time(g_profile ? 1 : 7, [&](cudaStream_t s) { cuda::attend(plan, call, s); });
+  const double pairs = static_cast<double>(spec.step) * static_cast<double>(spec.cached) +
+                       0.5 * static_cast<double>(spec.step) * static_cast<double>(spec.step + 1);
+  const double flop = 4.0 * static_cast<double>(q_width) * pairs, ms = median(all);
+  std::printf("{\"op\": \"prefill\", \"policy\": \"%s\", \"device\": \"cuda\", \"ctx\": %lld, \"queries\": %lld, "
+              "\"batch\": 1, \"q_heads\": %lld, \"kv_heads\": %lld, \"head_dim\": %lld, \"ms_min\": %.4f, "
+              "\"ms_median\": %.4f, \"tflop_s\": %.1f, \"workspace_mb\": %.1f}\n",
+              spec.name, (long long)total, (long long)spec.step, (long long)spec.q_heads, (long long)spec.kv_heads,
+              (long long)spec.dim, *std::min_element(all.begin(), all.end()), ms, flop / ms * 1e-9,
+              static_cast<double>(plan.workspace_bytes()) * 1e-6);
+  std::fflush(stdout);
+}
+
+void run_prefill_rows(Timer& timer) {
+  const LayerPolicy bf16{.k_format = Format::bf16, .v_format = Format::bf16};
+  const LayerPolicy thrifty = layered(1, 0.0003, true);
+  LayerPolicy x2 = layered(1, 0, false);
+  x2.k_format = x2.v_format = Format::nvfp4x2;
+  constexpr int64_t kLong = 32768, kChunk = 2048;
+  run_prefill({"bf16", bf16, 0, kLong, 32, 8, 128}, timer);
+  run_prefill({"bf16", bf16, kLong - kChunk, kChunk, 32, 8, 128}, timer);
+  run_prefill({"thrifty", thrifty, kLong - kChunk, kChunk, 32, 8, 128}, timer);
+  run_prefill({"nvfp4x2", x2, kLong - kChunk, kChunk, 32, 8, 128}, timer);
+  run_prefill({"thrifty", thrifty, 0, kLong, 32, 8, 128}, timer);
+  run_prefill({"thrifty", thrifty, kLong - 512, 512, 32, 8, 128}, timer);
+}
+
+// append() of one step into an empty sequence. Bytes are what must be read and written: K and V as
+// they come, the open form of every page (the step's own queries read it), pages and residuals.
+// Steps go to sequences in turn, so that neither input nor output is in the L2.
+void run_append(const char* name, const LayerPolicy& policy, int64_t tokens, Timer& timer, const Peaks& peaks) {
+  const LayerShape shape{.kv_heads = 8, .q_heads = 32, .head_dim_k = 128, .head_dim_v = 128};
+  const cuda::SlotSizes sizes = cuda::slot_sizes(shape, policy);
+  const int64_t width = shape.kv_heads * shape.head_dim_k, pages = tokens / kPageTokens;
+  const double input = 2.0 * static_cast<double>(tokens * width) * 2;
+  const double open_bytes = static_cast<double>(pages * sizes.open);
+  const double pages_bytes = static_cast<double>(pages * (sizes.page + sizes.residual * shape.kv_heads));
+  const double bytes = input + open_bytes + pages_bytes;
+  const auto rotation = std::max<int64_t>(1, static_cast<int64_t>(150e6 / bytes) + 1);
+
+  DeviceMemory pool(rotation * pages * sizes.page), open(rotation * pages * sizes.open),
+      res(rotation * pages * shape.kv_heads * sizes.residual), k(rotation * tokens * width * 2),
+      v(rotation * tokens * width * 2), status(sizeof(cuda::AppendStatus)), lift(pages * 8);
+  cuda::fill(status.data(), 0, status.bytes(), timer.stream());
+  cuda::fill(lift.data(), 0, lift.bytes(), timer.stream());
+  std::vector<int32_t> blocks, residual_ids;
+  for (int64_t p = 0; p < rotation * pages; ++p) {
+    blocks.push_back(static_cast<int32_t>(p / pages * pages + p % pages * 7919 % pages));
+    for (int64_t h = 0; h < shape.kv_heads; ++h) residual_ids.push_back(static_cast<int32_t>(p * shape.kv_heads + h));
+  }
+  const std::vector<int32_t> lengths = {static_cast<int32_t>(tokens)}, offsets = {0, static_cast<int32_t>(tokens)};
+  const auto upload = [&](const std::vector<int32_t>& x) {
+    DeviceMemory m(static_cast<int64_t>(x.size() * sizeof(x[0])));
+    cuda::copy_to_device(m.data(), x.data(), m.bytes(), timer.stream());
+    cuda::synchronize(timer.stream());
+    return m;
+  };
+  const DeviceMemory d_blocks = upload(blocks), d_residuals = upload(residual_ids), d_lengths = upload(lengths),
+                     d_offsets = upload(offsets);
+  const cuda::AttendPlan plan(shape, policy, {.batch = 1, .max_pages = pages, .step_tokens = tokens, .open_pages = pages + 1});
+  DeviceMemory workspace(plan.workspace_bytes());
+  std::vector<int32_t> open_ids;
+  for (int64_t r = 0; r < rotation; ++r) {
+    for (int64_t p = 0; p <= pages; ++p) open_ids.push_back(static_cast<int32_t>(r * pages + p % pages));
+    draw_kv<<<1024, 256, 0, timer.stream()>>>(k.as<uint16_t>() + r * tokens * width, v.as<uint16_t>() + r * tokens * width,
+                                              lift.as<float>(), 0, tokens, static_cast<int>(shape.kv_heads), 128,
+                                              static_cast<uint32_t>(r));
+  }
+  const DeviceMemory d_open = upload(open_ids);
+  const auto call_of = [&](int64_t r) {
+    cuda::AppendCall call;
+    call.memory = {pool.as<uint8_t>(), res.as<uint8_t>(), open.as<uint8_t>(), nullptr};
+    call.tables = {d_lengths.as<int32_t>(), d_blocks.as<int32_t>() + r * pages,
+                   d_residuals.as<int32_t>() + r * pages * shape.kv_heads, d_open.as<int32_t>() + r * (pages + 1),
+                   d_offsets.as<int32_t>()};
+    call.k = k.as<uint16_t>() + r * tokens * width;
+    call.v = v.as<uint16_t>() + r * tokens * width;
+    call.status = status.as<cuda::AppendStatus>();
+    call.workspace = workspace.data();
+    return call;
+  };
+  const auto all = timer.time(21, [&](cudaStream_t s) {
+    for (int64_t r = 0; r < rotation; ++r) cuda::append(plan, call_of(r), s);
+  });
+  const double ms = median(all) / rotation, best = *std::min_element(all.begin(), all.end()) / rotation;
+  const double gb_s = bytes / ms * 1e-6;
+  std::printf(
+      "{\"op\": \"append\", \"policy\": \"%s\", \"device\": \"cuda\", \"tokens\": %lld, \"kv_heads\": %lld, \"head_dim\": 128, "
+      "\"element\": \"bf16\", \"ms_min\": %.5f, \"ms_median\": %.5f, \"bytes_in\": %.0f, \"bytes_open\": %.0f, "
+      "\"bytes_pages\": %.0f, \"gb_s\": %.1f, \"gb_s_without_open\": %.1f, \"peak_gb_s\": %.1f, "
+      "\"fraction_of_peak\": %.4f, \"rotation\": %lld}\n",
+      name, (long long)tokens, (long long)shape.kv_heads, best, ms, input, open_bytes, pages_bytes, gb_s,
+      (input + pages_bytes) / ms * 1e-6, peaks.copy, gb_s / peaks.copy, (long long)rotation);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
     const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
+    for (int i = 1; i + 1 < argc; ++i) {
+      if (std::strcmp(argv[i], "--only") == 0) g_only = argv[i + 1];
+    }
     const cuda::DeviceInfo info = cuda::device_info();
     std::fprintf(stderr, "%s, sm_%d%d, driver %d, runtime %d\n", info.name.c_str(), info.major, info.minor,
                  info.driver_version, info.runtime_version);
@@ -371,8 +551,17 @@ int main(int argc, char** argv) {
       run({"thrifty", layered(1, 0.0003, true), 4, 131072, 32, 8, 128, 1, 0, 0}, timer, {}, 0, false);
       return 0;
     }
+    if (argc > 1 && std::strcmp(argv[1], "--prefill") == 0) {
+      run_prefill_rows(timer);
+      return 0;
+    }
     const Peaks peaks = measure_peaks(timer);
     std::fprintf(stderr, "copy %.0f GB/s, read %.0f GB/s\n", peaks.copy, peaks.read);
+    for (const int64_t tokens : {512, 8192, 32768}) {
+      run_append("thrifty", layered(1, 0.0003, true), tokens, timer, peaks);
+      run_append("balanced", layered(0.02, 0.0003, false), tokens, timer, peaks);
+    }
+    if (argc > 1 && std::strcmp(argv[1], "--append") == 0) return 0;
     const LayerPolicy bf16{.k_format = Format::bf16, .v_format = Format::bf16};
     const LayerPolicy fp8{.k_format = Format::fp8_e4m3, .v_format = Format::fp8_e4m3};
     LayerPolicy x2 = layered(1, 0, false);
@@ -395,6 +584,11 @@ int main(int argc, char** argv) {
         }
       }
     }
+    if (!quick) {
+      const double base = run({"bf16", bf16, 1, 1048576, 32, 8, 128, 1, 0, 0}, timer, peaks, 0, true).ms;
+      run({"thrifty", layered(1, 0.0003, true), 1, 1048576, 32, 8, 128, 1, 0, 0}, timer, peaks, base, true);
+    }
+    run_prefill_rows(timer);
   } catch (const Error& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

@@ -187,7 +187,8 @@ struct AttendCall {
   const float* sink_logits = nullptr;  // optional: [q_heads], device
   void* workspace = nullptr;           // device, plan.workspace_bytes(); undefined content is fine
   // Optional, device: [batch][step_tokens][max_pages][kv_heads] Decision, and the floor of the LSE
-  // (natural log, base scores) that the decisions used: [batch][step_tokens][q_heads].
+  // (natural log, base scores) that the decisions used: [batch][step_tokens][q_heads]. Where nothing is
+  // decided by mass (prefill mode; plain pages in steps of more than 16 tokens) no floor is written.
   uint8_t* decisions = nullptr;
   float* lse_floor = nullptr;
 };

@@ -18,7 +18,11 @@ struct AttendArgs {
   int64_t first_q = 0;    // first position of this pass within the step
   int32_t positions = 1;  // of this pass, at most
   int32_t tile_rows = 8, row_tiles = 1, splits = 1;
+  SplitRule split_rule;
+  int32_t multiprocessors = 1;
   int32_t prefill = 0, causal = 1;
+  // Of attend_prefill: stages of its ring, and whether FP16 may not hold all digits of q'.
+  int32_t stages = 0, two_terms = 0;
   float softmax_scale = 1, softcap = 0;  // softcap in base-2 units; 0 = none
   float hadamard_factor = 1;
   float log2_promote = 0, log2_skip = 0;  // of the thresholds
@@ -54,7 +58,8 @@ struct TileView {
   }
 };
 
-__device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
+// Of tile `tile`, of `tile_rows` rows each.
+__device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile, int tile_rows) {
   TileView v;
   v.t = sequence_tables(a.call.tables, a.limits, a.g, seq);
   v.length = static_cast<int>(v.t.length);
@@ -66,8 +71,8 @@ __device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
   const int positions = min(a.positions, static_cast<int>(v.t.step - a.first_q));
   if (positions <= 0) return v;
   v.rows = positions * a.g.group;
-  v.first_row = tile * a.tile_rows;
-  v.end_row = min(v.rows, v.first_row + a.tile_rows);
+  v.first_row = tile * tile_rows;
+  v.end_row = min(v.rows, v.first_row + tile_rows);
   if (v.first_row >= v.end_row) return v;
   v.i_first = v.first_row / a.g.group;
   v.i_last = (v.end_row - 1) / a.g.group;
@@ -83,6 +88,10 @@ __device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
   return v;
 }
 
+__device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
+  return tile_view(a, seq, tile, a.tile_rows);
+}
+
 // The record of a page for a tile of rows: 4 page scales (K, V, residual K, residual V), then q'.mean
 // a row. Open pages have theirs behind those of the sealed ones.
 __device__ inline float* page_record(const AttendArgs& a, int64_t seq_head, int tile, int index) {
@@ -91,26 +100,33 @@ __device__ inline float* page_record(const AttendArgs& a, int64_t seq_head, int 
          ((seq_head * a.row_tiles + tile) * pages + index) * (4 + a.tile_rows);
 }
 
-__device__ inline float log2_add(float a, float b) {
-  const float top = fmaxf(a, b);
-  if (top == -INFINITY) return top;
-  return top + log2f(exp2f(a - top) + exp2f(b - top));
-}
-
-// log2 of a floor of the sum of exp over everything visible to a row; by a whole warp.
-__device__ inline float row_floor_of_warp(const AttendArgs& a, int64_t seq_head, int row,
-                                          int q_head) {
-  const float* floors =
-      workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
-  float sum = -INFINITY;
-  for (int64_t c = threadIdx.x % 32; c < a.ws.chunks; c += 32) {
-    sum = log2_add(sum, floors[c * a.ws.rows]);
+// log2 of a floor of the sum of exp over everything visible to a row, by `Lanes` lanes next to each other,
+// which all get it; lanes that ask for no row get -inf. By a whole warp.
+template <int Lanes>
+__device__ inline float row_floor(const AttendArgs& a, int64_t seq_head, int row, int q_head, bool asks = true) {
+  constexpr int kEach = (kPageChunks + Lanes) / Lanes;  // of kPageChunks + 1
+  const float* floors = workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
+  float x[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int c = threadIdx.x % Lanes + i * Lanes;
+    x[i] = asks && c < a.ws.chunks ? floors[c * a.ws.rows] : -INFINITY;
   }
-  for (int step = 16; step > 0; step /= 2) {
-    sum = log2_add(sum, __shfl_xor_sync(0xffffffffu, sum, step));
-  }
-  if (a.call.sink_logits != nullptr) sum = log2_add(sum, a.call.sink_logits[q_head] * kLog2e);
-  return sum;
+  const float sink =
+      asks && a.call.sink_logits != nullptr ? a.call.sink_logits[q_head] * kLog2e : -INFINITY;
+  float top = sink;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) top = fmaxf(top, x[i]);
+#pragma unroll
+  for (int step = Lanes / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  const float base = top == -INFINITY ? 0.0f : top;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += exp2f(x[i] - base);
+#pragma unroll
+  for (int step = Lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  sum += exp2f(sink - base);
+  return base + log2f(sum);
 }
 
 }  // namespace thriftattn::cuda

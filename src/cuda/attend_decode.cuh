@@ -8,14 +8,10 @@
 
 namespace thriftattn::cuda {
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::run() {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::run() {
   sort_items();
-  if (a_.g.k.layered()) {
-    walk_planes();
-  } else {
-    walk_rows();
-  }
+  walk_rows();
   if (others_ == 0 && !__any_sync(0xffffffffu, noted_ != 0)) return;
   // A function of its own, on a copy of its own, so that registers are shared out among the walks
   // without it: kept inline it made them spill.
@@ -24,16 +20,16 @@ __device__ void DecodeWarp<D, NT>::run() {
   take_sums(copy);
 }
 
-template <int D, int NT>
-__device__ __noinline__ void DecodeWarp<D, NT>::rest_of(DecodeWarp& warp) {
+template <int D, int NT, class Shared>
+__device__ __noinline__ void DecodeWarp<D, NT, Shared>::rest_of(DecodeWarp& warp) {
   DecodeWarp own(warp);
   own.walk_rest();
   warp.take_sums(own);
 }
 
 // Items that are not simple, then what was promoted.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::walk_rest() {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::walk_rest() {
   k_end_ = others_;
   issue_k();
   Pending cur, last;
@@ -56,8 +52,8 @@ __device__ void DecodeWarp<D, NT>::walk_rest() {
 }
 
 // The warp's state to shared memory: O [8 NT][D], then m and l of each row.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::leave(float* to) const {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::leave(float* to) const {
   constexpr int kWords = D / 64;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -94,23 +90,25 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3 : D <= 12
   let_next_kernel_start();
   {
     const TileView v = tile_view(a, seq, tile);
-    if (split >= splits_of(v.items)) return;
-    if (threadIdx.x == 0) shared.view = v;
+    if (split >= splits_of(v.items, a.split_rule)) return;
+    if (threadIdx.x == 0) shared.rows.view = v;
     for (int r = threadIdx.x; r < 8 * NT; r += 32 * kWarps) {
       const int row = v.first_row + r;
       const bool real = row < v.end_row;
-      shared.position[r] = real ? row / a.g.group : -1;
-      shared.row_factor[r] =
+      shared.rows.position[r] = real ? row / a.g.group : -1;
+      shared.rows.row_factor[r] =
           real ? workspace_at<const float>(a, a.ws.row_factor)[seq_head * a.ws.rows + row] : 0.0f;
-      if (!real) shared.floor[r] = INFINITY;
+      if (!real) shared.rows.floor[r] = INFINITY;
     }
     for (int row = v.first_row + warp; row < v.end_row; row += kWarps) {
-      const float floor = row_floor_of_warp(a, seq_head, row, head * a.g.group + row % a.g.group);
-      if (threadIdx.x % 32 == 0) shared.floor[row - v.first_row] = floor;
+      const float floor = row_floor<32>(a, seq_head, row, head * a.g.group + row % a.g.group);
+      if (threadIdx.x % 32 == 0) shared.rows.floor[row - v.first_row] = floor;
     }
   }
   __syncthreads();
-  DecodeWarp<D, NT> decode(a, shared, warp, head, tile, seq, split);
+  using Warp = DecodeWarp<D, NT, WarpShared<D, NT>>;
+  Warp::init(shared.warps[warp], threadIdx.x % 32);
+  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, split, warp, kWarps), shared.warps[warp]);
   decode.run();
 
   constexpr int kRows = 8 * NT, kState = kRows * (D + 2);
@@ -119,7 +117,7 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3 : D <= 12
   __syncthreads();  // no warp's ring is in use any more
   decode.leave(states + warp * kState);
   __syncthreads();
-  const int64_t first = (seq_head * a.splits + split) * a.ws.rows + shared.view.first_row;
+  const int64_t first = (seq_head * a.splits + split) * a.ws.rows + shared.rows.view.first_row;
   float* out = workspace_at<float>(a, a.ws.partial_o) + first * D;
   float2* ml = workspace_at<float2>(a, a.ws.partial_ml) + first;
   for (int i = threadIdx.x; i < kRows * D; i += 32 * kWarps) {

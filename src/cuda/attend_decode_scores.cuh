@@ -5,67 +5,8 @@
 
 namespace thriftattn::cuda {
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::scores_nvfp4(const uint8_t* codes,
-                                                float (&s)[4][NT][4]) const {
-  constexpr int kWords = D / 32;
-  const uint8_t* scales = codes + 32 * D;
-  const uint2* q = kQueryInRegisters ? nullptr : query_nvfp4();
-#pragma unroll
-  for (int slice = 0; slice < 4; ++slice) {
-    uint32_t x[2][kWords], scale[2][D / 64];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int token = 16 * slice + 8 * r + perm_;
-      const uint8_t* at = codes + token * (D / 2) + j_ * (D / 8);
-      if constexpr (kWords % 4 == 0) {
-#pragma unroll
-        for (int w = 0; w < kWords; w += 4) {
-          const uint4 y = *reinterpret_cast<const uint4*>(at + 4 * w);
-          x[r][w] = y.x, x[r][w + 1] = y.y, x[r][w + 2] = y.z, x[r][w + 3] = y.w;
-        }
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWords; w += 2) {
-          const uint2 y = *reinterpret_cast<const uint2*>(at + 4 * w);
-          x[r][w] = y.x, x[r][w + 1] = y.y;
-        }
-      }
-      const uint8_t* sc = scales + token * (D / 16) + j_ * (D / 64);
-      if constexpr (D == 128) {
-        const uint32_t both = *reinterpret_cast<const uint16_t*>(sc);
-        scale[r][0] = scale_both(both & 0xffu);
-        scale[r][1] = scale_both(both >> 8);
-      } else {
-#pragma unroll
-        for (int i = 0; i < D / 64; ++i) scale[r][i] = scale_both(sc[i]);
-      }
-    }
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const Expanded lo = expand_e2m1(x[0][w]), hi = expand_e2m1(x[1][w]);
-      const uint32_t s0 = scale[0][w / 2], s1 = scale[1][w / 2];
-      const uint32_t even[4] = {hmul2(lo.even_low, s0), hmul2(hi.even_low, s1),
-                                hmul2(lo.even_high, s0), hmul2(hi.even_high, s1)};
-      const uint32_t odd[4] = {hmul2(lo.odd_low, s0), hmul2(hi.odd_low, s1),
-                               hmul2(lo.odd_high, s0), hmul2(hi.odd_high, s1)};
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint2 b0, b1;
-        if constexpr (kQueryInRegisters) {
-          b0 = q_[2 * w], b1 = q_[2 * w + 1];
-        } else {
-          b0 = q[(n * (D / 16) + 2 * w) * 32], b1 = q[(n * (D / 16) + 2 * w + 1) * 32];
-        }
-        mma_f16(s[slice][n], even, b0.x, b0.y);
-        mma_f16(s[slice][n], odd, b1.x, b1.y);
-      }
-    }
-  }
-}
-
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::scores_bf16(const uint8_t* rows, float (&s)[NT][4]) const {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::scores_bf16(const uint8_t* rows, float (&s)[NT][4]) const {
   const uint4* q = workspace_at<const uint4>(a_, a_.ws.q_bf16) +
                    ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
                        (D / 16) * 32 +
@@ -88,8 +29,8 @@ __device__ void DecodeWarp<D, NT>::scores_bf16(const uint8_t* rows, float (&s)[N
   }
 }
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::scores_fp8(const uint8_t* rows, int slice,
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::scores_fp8(const uint8_t* rows, int slice,
                                               float (&s)[NT][4]) const {
   const uint2* q = workspace_at<const uint2>(a_, a_.ws.q_fp8) +
                    ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
@@ -117,8 +58,8 @@ __device__ void DecodeWarp<D, NT>::scores_fp8(const uint8_t* rows, int slice,
 }
 
 // The page's own maximum and sum of every column, and P.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::softmax(float (&s)[4][NT][4], Pending& p) const {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::softmax(float (&s)[4][NT][4], Pending& p) const {
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -157,13 +98,13 @@ __device__ void DecodeWarp<D, NT>::softmax(float (&s)[4][NT][4], Pending& p) con
 }
 
 // The rows that promote an item, bits in the workspace between the walk and the second reading.
-template <int D, int NT>
-__device__ uint32_t* DecodeWarp<D, NT>::noted_rows(int item) const {
+template <int D, int NT, class Shared>
+__device__ uint32_t* DecodeWarp<D, NT, Shared>::noted_rows(int item) const {
   return workspace_at<uint32_t>(a_, a_.ws.noted) +
          ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.row_tiles + tile_) * (a_.limits.max_pages + a_.ws.open_records) + item;
 }
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::note_columns(int item, uint32_t columns) const {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::note_columns(int item, uint32_t columns) const {
   uint32_t rows = 0;
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) rows |= (columns >> c & 1u) << column_row(c);
@@ -171,8 +112,8 @@ __device__ void DecodeWarp<D, NT>::note_columns(int item, uint32_t columns) cons
   if (lane_ == 0) *noted_rows(item) = rows;
   __syncwarp();
 }
-template <int D, int NT>
-__device__ uint32_t DecodeWarp<D, NT>::noted_columns(int item) const {
+template <int D, int NT, class Shared>
+__device__ uint32_t DecodeWarp<D, NT, Shared>::noted_columns(int item) const {
   const uint32_t rows = *reinterpret_cast<volatile uint32_t*>(noted_rows(item));
   uint32_t columns = 0;
 #pragma unroll
@@ -181,8 +122,8 @@ __device__ uint32_t DecodeWarp<D, NT>::noted_columns(int item) const {
 }
 
 // The general case: rows of several positions that may do different things.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::decide_by_position(const ItemNote& note, int page,
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& note, int page,
                                                       const float (&mass)[2 * NT],
                                                       Pending& cur) const {
 #pragma unroll
@@ -210,8 +151,8 @@ __device__ void DecodeWarp<D, NT>::decide_by_position(const ItemNote& note, int 
 }
 
 // How each column reads a sealed item: what it promotes is noted for the second reading.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::decide(const ItemNote& note, int page, Pending& cur) {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::decide(const ItemNote& note, int page, Pending& cur) {
   if (!(note.flags & (kItemPromotable | kItemSkippable | kItemMixed))) {
     write_decisions(page, Decision::base, ~0u, 0, false);
     return;
@@ -241,7 +182,7 @@ __device__ void DecodeWarp<D, NT>::decide(const ItemNote& note, int page, Pendin
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) real |= b_.position[column_row(c)] >= 0 ? 1u << c : 0u;
   if (__any_sync(0xffffffffu, (cur.out & real) != 0)) {
-    const int n = (note.item - first_item_) / stride_;
+    const int n = note.index();
     if (lane_ == (n >> 5)) noted_ |= 1u << (n & 31);
     note_columns(note.item, cur.out & real);
   }
@@ -254,8 +195,8 @@ __device__ void DecodeWarp<D, NT>::decide(const ItemNote& note, int page, Pendin
 }
 
 // Scores of item n, its softmax, and how each column reads it.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
   const ItemNote note = s_.notes[n % kNotes];
   const bool open = note.kind() == kItemOpen;
   const bool planes = a_.g.k.layered() && !open;
@@ -272,8 +213,8 @@ __device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
   float k_factor = 1.0f;
   float2 offset[NT];
   for (int u = 0; u < units; ++u) {
-    const int stage = k_used_ % kStages;
-    barrier_wait(&s_.k_bar[stage], k_used_ / kStages & 1);
+    const int stage = k_used_ % kRing;
+    barrier_wait(&s_.k_bar[stage], k_used_ / kRing & 1);
     if (u == 0) {
       // Before this stage is given back, because the record may go with it.
       if (planes) k_factor = record[0] * 128.0f;
@@ -303,7 +244,16 @@ __device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
           }
         }
       }
-      if (adds) scores_nvfp4(s_.k[stage], s);
+      if (adds) {
+        const uint2* q = query_nvfp4();
+        SliceAddress from = k_slice<D>(s_.k[stage], lane_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          score_slice<D, NT>(from, [&](int t, int step) { return q[(t * (D / 16) + step) * 32]; }, s[i]);
+          from.codes += 16 * (D / 2);
+          from.scales += 16 * (D / 16);
+        }
+      }
     } else if (a_.g.k.kind == SideKind::fp8) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -376,8 +326,8 @@ __device__ void DecodeWarp<D, NT>::scores(int n, Pending& cur) {
   write_decisions(page, decision, promoted, 0, open);
 }
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::write_decisions(int page, Decision decision,
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::write_decisions(int page, Decision decision,
                                                    uint32_t columns, uint32_t skipping,
                                                    bool open) const {
   if (a_.call.decisions == nullptr || g_ != 0) return;
@@ -386,10 +336,7 @@ __device__ void DecodeWarp<D, NT>::write_decisions(int page, Decision decision,
     const int i = b_.position[column_row(c)];
     if (i < 0 || (v_.first_row + column_row(c)) % a_.g.group != 0) continue;
     if (a_.g.any_layered() && (page < v_.open_from(i)) == open) continue;
-    uint8_t* to = a_.call.decisions +
-                  ((seq_ * a_.limits.step_tokens + a_.first_q + i) * a_.limits.max_pages + page) *
-                      a_.g.kv_heads +
-                  head_;
+    uint8_t* to = decision_at(i, page);
     if (skipping >> c & 1) {
       *to = static_cast<uint8_t>(Decision::skip);
     } else if (columns >> c & 1) {

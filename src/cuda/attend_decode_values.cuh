@@ -6,8 +6,8 @@
 namespace thriftattn::cuda {
 
 // Moves O to the maximum that this item brings; f: what P.V is multiplied with, lf: mean(V).
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::take_factors(const Pending& p, float (&f)[2 * NT],
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::take_factors(const Pending& p, float (&f)[2 * NT],
                                                 float (&lf)[2 * NT]) {
   float move[2 * NT];
   bool moved = false;
@@ -36,64 +36,9 @@ __device__ void DecodeWarp<D, NT>::take_factors(const Pending& p, float (&f)[2 *
   }
 }
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::values_nvfp4(const uint8_t* codes, const uint32_t (&p)[4][NT][2],
-                                                const float (&f)[2 * NT], float scale) {
-  constexpr int kWords = D / 64;
-  const uint8_t* scales = codes + 32 * D;
-  float factor[2 * NT];
-#pragma unroll
-  for (int c = 0; c < 2 * NT; ++c) factor[c] = f[c] * scale;
-  const int t0 = 2 * j_ + (j_ & 1);  // row 2j of 16 is this token, row 2j + 1 its neighbour
-  const int t1 = t0 + 1 - 2 * (j_ & 1);
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    const int word = g_ * kWords + w;
-    float acc[4][NT][4];
-    clear(acc);
-#pragma unroll
-    for (int slice = 0; slice < 4; ++slice) {
-      const uint8_t* at = codes + 16 * slice * (D / 2) + 4 * word;
-      const uint32_t x0 = *reinterpret_cast<const uint32_t*>(at + t0 * (D / 2));
-      const uint32_t x1 = *reinterpret_cast<const uint32_t*>(at + t1 * (D / 2));
-      const uint32_t x2 = *reinterpret_cast<const uint32_t*>(at + (t0 + 8) * (D / 2));
-      const uint32_t x3 = *reinterpret_cast<const uint32_t*>(at + (t1 + 8) * (D / 2));
-      const uint8_t* sc = scales + 16 * slice * (D / 16) + word / 2;
-      const uint32_t s01 = scale_pair(sc[t0 * (D / 16)], sc[t1 * (D / 16)]);
-      const uint32_t s23 = scale_pair(sc[(t0 + 8) * (D / 16)], sc[(t1 + 8) * (D / 16)]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Nibbles 0 to 3: four dims of one token, 4 to 7: of its neighbour.
-        const uint32_t select = half == 0 ? 0x5410 : 0x7632;
-        const Expanded a = expand_e2m1(__byte_perm(x0, x1, select));
-        const Expanded b = expand_e2m1(__byte_perm(x2, x3, select));
-        const uint32_t first[4] = {hmul2(a.even_low, s01), hmul2(a.odd_low, s01),
-                                   hmul2(b.even_low, s23), hmul2(b.odd_low, s23)};
-        const uint32_t second[4] = {hmul2(a.even_high, s01), hmul2(a.odd_high, s01),
-                                    hmul2(b.even_high, s23), hmul2(b.odd_high, s23)};
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          mma_f16(acc[2 * half][n], first, p[slice][n][0], p[slice][n][1]);
-          mma_f16(acc[2 * half + 1][n], second, p[slice][n][0], p[slice][n][1]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          o_[4 * w + i][n][e] = fmaf(acc[i][n][e], factor[2 * n + (e & 1)], o_[4 * w + i][n][e]);
-        }
-      }
-    }
-  }
-}
-
 // 16 rows of V, of tokens 16 * slice on.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::values_bf16(const uint8_t* rows, const uint32_t (&p)[4][NT][2],
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows, const uint32_t (&p)[4][NT][2],
                                                int slice,
                                                const float (&f)[2 * NT]) {
   constexpr int kWords = D / 64;
@@ -147,8 +92,8 @@ __device__ void DecodeWarp<D, NT>::values_bf16(const uint8_t* rows, const uint32
 }
 
 // 32 rows of V, of tokens 32 * unit on.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::values_fp8(const uint8_t* rows, const Pending& p, int unit,
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const Pending& p, int unit,
                                               const float (&f)[2 * NT]) {
   constexpr int kWords = D / 64;
   // The scales of the rows go into P, relative to the largest.
@@ -224,31 +169,9 @@ __device__ void DecodeWarp<D, NT>::values_fp8(const uint8_t* rows, const Pending
   }
 }
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::add_mean(const uint8_t* mean, const float (&lf)[2 * NT]) {
-  constexpr int kWords = D / 64;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    const uint4 y = *reinterpret_cast<const uint4*>(mean + 16 * (g_ * kWords + w));
-    const uint32_t x[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float low = __uint_as_float(x[i] << 16), high = __uint_as_float(x[i] & 0xffff0000u);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          o_[4 * w + i][n][e] =
-              fmaf(lf[2 * n + (e & 1)], e < 2 ? low : high, o_[4 * w + i][n][e]);
-        }
-      }
-    }
-  }
-}
-
 // Adds the values of an item; `next` is the item whose V may be fetched meanwhile.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::values(Pending& p, Pending& next) {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::values(Pending& p, Pending& next) {
   float f[2 * NT], lf[2 * NT];
   if (p.units != 0) take_factors(p, f, lf);
   const ItemNote note = s_.notes[p.note];
@@ -257,13 +180,18 @@ __device__ void DecodeWarp<D, NT>::values(Pending& p, Pending& next) {
   for (int u = 0;; ++u) {
     issue_v(p, next);
     if (u == p.units) return;
-    const int stage = v_used_ % kStages;
+    const int stage = v_used_ % kRing;
     uint8_t* at = s_.v[stage];
-    barrier_wait(&s_.v_bar[stage], v_used_ / kStages & 1);
+    barrier_wait(&s_.v_bar[stage], v_used_ / kRing & 1);
     if (planes) {
-      if (u == 0) add_mean(at + 36 * D, lf);
+      if (u == 0) add_mean<D, NT>(at + 36 * D, lane_, lf, o_);
       if (!p.mean_only) {
-        values_nvfp4(at, p.p, f, (u == 0 ? p.v_scale : p.v_res_scale) * 128.0f);
+        const float scale = (u == 0 ? p.v_scale : p.v_res_scale) * 128.0f;
+        float factor[2 * NT];
+#pragma unroll
+        for (int c = 0; c < 2 * NT; ++c) factor[c] = f[c] * scale;
+        add_values<D, NT, 4>(at, lane_, [&](int i, int n) { return make_uint2(p.p[i][n][0], p.p[i][n][1]); },
+                             factor, o_);
       }
     } else {
       // Rows that do not exist have P = 0, but their bytes may be anything.

@@ -11,9 +11,10 @@
 // j * D/4 ... as whole words, and of V, dims g * D/8 ... of tokens 2j, 2j+1, 2j+8, 2j+9. Row r of
 // 16 tokens is token r ^ (r >> 1 & 1): so V's four rows fall on different banks.
 //
-// Whole pages go through short loops of their own (attend_decode_walk.cuh), with one running softmax
-// reference; the rest - the first, the newest and the open page, other formats, rows that differ -
-// through walk_rest(), where each page has a reference of its own. O is FP32 and takes a page with one
+// Whole pages of BF16 rows go through a short loop of their own (attend_decode_walk.cuh), with one
+// running softmax reference; the rest - the open page, pages that a window cuts, other formats, rows that
+// differ - through walk_rest(), where each page has a reference of its own. Where both sides are NVFP4
+// planes, attend_planes takes the whole pages and calls this for the rest. O is FP32 and takes a page with one
 // factor a row, into which the page scale goes. A row that skips a page has factor 0 but still adds
 // mass * mean(V). V is fetched after the decision, one page behind K.
 //
@@ -23,14 +24,14 @@
 
 #include <cuda_bf16.h>
 
-#include "cuda/attend_args.cuh"
+#include "cuda/attend_items.cuh"
 #include "cuda/attend_launch.h"
+#include "cuda/attend_nvfp4.cuh"
 #include "cuda/dependent_launch.cuh"
 #include "cuda/mma.cuh"
 
 namespace thriftattn::cuda {
 
-inline constexpr int kStages = 2;  // of K, and of V
 inline constexpr int kNotes = 4;   // items whose addresses are remembered: one behind, two ahead
 
 template <int D>
@@ -41,103 +42,84 @@ struct StageSizes {
   static_assert(16 * kRowStride <= kK && 32 * (D + 4) <= kK);
 };
 
-// How an item is read.
-enum ItemKind : int32_t {
-  kItemSealed = 0,  // base planes (or plain rows), by the mass rule
-  kItemFull = 1,    // base and residual for all rows
-  kItemOpen = 2,    // the open form
-  kItemAgain = 3,   // base and residual for the rows that promoted it
-};
-// With the kind in the low bits and the number of tokens that exist from bit 8 on:
-enum ItemFlags : int32_t {
-  kItemKind = 3,
-  kItemWhole = 4,        // every row sees every token
-  kItemPromotable = 8,   // by mass
-  kItemSkippable = 16,   // by mass
-  kItemMixed = 32,       // rows differ in what they may do
-};
-
-struct ItemNote {
-  int32_t slot = -1;      // page slot, or open slot
-  int32_t residual = -1;  // residual slot; of an open item, its page slot
-  int32_t item = 0;       // within the tile's list
-  int32_t flags = 0;
-
-  __device__ int kind() const { return flags & kItemKind; }
-  __device__ int held() const { return flags >> 8; }
-};
-
 template <int D, int NT>
 struct WarpShared {
-  alignas(64) uint8_t k[kStages][StageSizes<D>::kK];
-  uint8_t v[kStages][StageSizes<D>::kV];
-  float record[kStages][4 + 8 * NT];
+  static constexpr int kRing = 2;  // stages of K, and of V
+  alignas(64) uint8_t k[kRing][StageSizes<D>::kK];
+  uint8_t v[kRing][StageSizes<D>::kV];
+  float record[2][4 + 8 * NT];
   alignas(16) ItemNote notes[kNotes];
-  uint64_t k_bar[kStages], v_bar[kStages];
+  uint64_t k_bar[kRing], v_bar[kRing];
 };
 
-// What the tile's rows are: kept here, because registers are what bounds the kernel.
 template <int D, int NT>
 struct BlockShared {
   WarpShared<D, NT> warps[kWarps];
-  float row_factor[8 * NT];
-  float floor[8 * NT];       // log2 of a floor of the row's sum
-  int32_t position[8 * NT];  // of the pass; -1: no such row
-  TileView view;
+  TileRows<NT> rows;
 };
 // Three blocks an SM: (228 KB - 3 * 1 KB) / 3.
 static_assert(sizeof(BlockShared<128, 1>) <= 76800);
 
-// Rows c * 8 + 2j, + 1 of the tile are a lane's columns 2c, 2c + 1.
-template <int D, int NT>
-class DecodeWarp {
+// Shared has the rings of copies: kRing, k, v, record, notes, k_bar, v_bar, as WarpShared.
+template <int D, int NT, class Shared>
+class DecodeWarp : ItemWalk<D, NT> {
  public:
-  __device__ DecodeWarp(const AttendArgs& a, BlockShared<D, NT>& block, int warp, int head,
-                        int tile, int seq, int split)
-      : a_(a),
-        v_(block.view),
-        b_(block),
-        s_(block.warps[warp]),
-        tile_(tile),
-        head_(head),
-        seq_(seq) {
-    lane_ = threadIdx.x % 32;
-    g_ = lane_ / 4;
-    j_ = lane_ % 4;
-    perm_ = g_ ^ (g_ >> 1 & 1);
-    // Splits take turns, so that the last pages, which take longer, fall to different blocks.
-    const int splits = static_cast<int>(splits_of(v_.items));
-    first_item_ = split + warp * splits;
-    stride_ = splits * kWarps;
-    items_ = first_item_ < v_.items ? (v_.items - first_item_ + stride_ - 1) / stride_ : 0;
-    if (lane_ == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s_.k_bar[i]);
-        barrier_init(&s_.v_bar[i]);
-      }
-      fence_barrier_init();
-    }
-    __syncwarp();
-    rules_ = !v_.prefill && a.g.any_layered() && (a.g.promote < 1.0f || a.g.skip > 0.0f);
+  __device__ DecodeWarp(const ItemWalk<D, NT>& walk, Shared& shared)
+      : ItemWalk<D, NT>(walk), s_(shared), perm_(token_of_row(g_)) {
 #pragma unroll
     for (int c = 0; c < 2 * NT; ++c) {
       m_[c] = kEmpty;
       l_[c] = 0;
     }
     clear(o_);
-    if constexpr (kQueryInRegisters) {
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) q_[i] = query_nvfp4()[i * 32];
+  }
+  // Once, before the first walk with these rings.
+  __device__ static void init(Shared& shared, int lane) {
+    if (lane == 0) {
+      for (int i = 0; i < kRing; ++i) {
+        barrier_init(&shared.k_bar[i]);
+        barrier_init(&shared.v_bar[i]);
+      }
+      fence_barrier_init();
     }
+    __syncwarp();
   }
 
   __device__ void run();
   __device__ void leave(float* to) const;
 
+  // For a warp that has walked all but `other`: lane i holds bits for the items 32 i ... . used_k,
+  // used_v: how many stages of the rings were used by such walks before.
+  __device__ void walk_others(uint32_t other, int& used_k, int& used_v) {
+    k_issued_ = k_used_ = used_k;
+    v_issued_ = v_used_ = used_v;
+    other_ = other;
+    others_ = static_cast<int>(__reduce_add_sync(0xffffffffu, __popc(other)));
+    walk_rest();
+    used_k = k_used_;
+    used_v = v_used_;
+  }
+  // The sums (store_state), and l and m of each row.
+  __device__ void leave_state(uint8_t* state, float* l, float* m) const {
+    store_state<D, NT>(state, lane_, o_);
+    if (g_ != 0) return;
+#pragma unroll
+    for (int c = 0; c < 2 * NT; ++c) {
+      l[column_row(c)] = l_[c];
+      m[column_row(c)] = m_[c];
+    }
+  }
+
  private:
+  using Base = ItemWalk<D, NT>;
+  using Base::a_, Base::v_, Base::b_, Base::tile_, Base::head_, Base::seq_, Base::lane_, Base::g_,
+      Base::j_, Base::items_, Base::rules_;
+  using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::item_page, Base::residual_in_reach,
+      Base::always_full, Base::skippable, Base::side_at, Base::residual_at, Base::query_nvfp4,
+      Base::decision_at;
+  static constexpr int kRing = Shared::kRing;
   // The reference of an empty sum: finite, so that differences are.
   static constexpr float kEmpty = -1e30f;
-  static constexpr bool kQueryInRegisters = NT == 1 && D <= 128;
 
   struct Pending {
     uint32_t p[4][NT][2];  // half2 of rows 2j, 2j + 1 (and + 8) of 16 tokens for column g
@@ -150,42 +132,9 @@ class DecodeWarp {
     bool mean_only = false;
   };
 
-  __device__ const uint2* query_nvfp4() const {
-    const int64_t n_tile =
-        ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8;
-    return workspace_at<const uint2>(a_, a_.ws.q_nvfp4) + n_tile * (D / 16) * 32 + lane_;
-  }
-  __device__ int column_row(int c) const { return c / 2 * 8 + 2 * j_ + (c & 1); }
-  __device__ bool item_sealed(int item) const { return item < v_.sealed_items; }
-  __device__ int item_page(int item) const {
-    return item_sealed(item) ? v_.page_begin + item : v_.open_first + item - v_.sealed_items;
-  }
-  __device__ bool residual_in_reach(int page, int i) const {
-    if (!a_.g.sealed) return true;
-    return int64_t{page} * kPage < a_.g.sinks ||
-           int64_t{page + 1} * kPage > v_.end(i) - a_.g.recent;
-  }
-  // Whether a held residual is read whatever the mass, where it is in reach.
-  __device__ bool always_full() const {
-    return v_.prefill || a_.g.k.always_full || a_.g.v.always_full || a_.g.sealed;
-  }
-  __device__ bool forced_full(int page, int i) const {
-    return v_.prefill || (always_full() && residual_in_reach(page, i));
-  }
-  __device__ bool skippable(int page, int i) const {
-    return a_.g.v.layered() && a_.g.center &&
-           (v_.window == 0 || page * kPage >= v_.end(i) - v_.window);
-  }
   __device__ static int units_of(const SideGeometry& side, int kind, int held) {
     if (side.layered() && kind != kItemOpen) return kind == kItemSealed ? 1 : 2;
     return side.kind == SideKind::fp8 ? (held + 31) / 32 : (held + 15) / 16;
-  }
-  __device__ const uint8_t* side_at(const SideGeometry& side, int slot) const {
-    return a_.call.memory.pages + int64_t{slot} * a_.g.slot_bytes + side.start +
-           int64_t{head_} * side.head_bytes;
-  }
-  __device__ const uint8_t* residual_at(int slot) const {
-    return a_.call.memory.residuals + int64_t{slot} * a_.g.residual_bytes;
   }
   // Where the rows of a plain or open side begin.
   __device__ const uint8_t* rows_at(const SideGeometry& side, const ItemNote& note,
@@ -214,7 +163,6 @@ class DecodeWarp {
       }
     }
   }
-  __device__ void walk_planes();
   __device__ void walk_rows();
   // The first page is weighed relative to 0, and sets the reference.
   __device__ void begin_walk() {
@@ -223,17 +171,14 @@ class DecodeWarp {
       if (fresh_) m_[c] = 0;
     }
   }
-  __device__ void weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2], float (&sum)[2 * NT],
-                        float (&waiting)[2 * NT]);
+  __device__ void weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2], float (&sum)[2 * NT]);
   __device__ void write_tile_decisions(int page, Decision decision) const;
   __device__ void sort_items();
-  __device__ ItemNote describe(int n) const;
   __device__ bool next_item();
   __device__ void issue_k();
   __device__ void issue_rows(StageCopy copy, uint8_t* to, const SideGeometry& side,
                              const uint8_t* rows, int unit, int held);
   __device__ void issue_v(Pending& first, Pending& second);
-  __device__ void scores_nvfp4(const uint8_t* codes, float (&s)[4][NT][4]) const;
   __device__ void scores_bf16(const uint8_t* rows, float (&s)[NT][4]) const;
   __device__ void scores_fp8(const uint8_t* rows, int slice, float (&s)[NT][4]) const;
   __device__ void softmax(float (&s)[4][NT][4], Pending& p) const;
@@ -248,25 +193,15 @@ class DecodeWarp {
   __device__ void scores(int n, Pending& cur);
   __device__ void take_factors(const Pending& p, float (&f)[2 * NT], float (&lf)[2 * NT]);
   __device__ void values(Pending& p, Pending& next);
-  __device__ void values_nvfp4(const uint8_t* codes, const uint32_t (&p)[4][NT][2], const float (&f)[2 * NT],
-                               float scale);
   __device__ void values_bf16(const uint8_t* rows, const uint32_t (&p)[4][NT][2], int slice,
                               const float (&f)[2 * NT]);
   __device__ void values_fp8(const uint8_t* rows, const Pending& p, int slice,
                              const float (&f)[2 * NT]);
-  __device__ void add_mean(const uint8_t* mean, const float (&lf)[2 * NT]);
 
-  const AttendArgs& a_;
-  const TileView& v_;
-  BlockShared<D, NT>& b_;
-  WarpShared<D, NT>& s_;
-  int tile_, head_, seq_;
-  int lane_, g_, j_, perm_;
-  int first_item_ = 0, stride_ = 1;  // item n of the walk is first_item_ + n * stride_ of the tile
-  int items_ = 0;        // of the walk
+  Shared& s_;
+  int perm_;
   int others_ = 0;       // of these, not simple: each is looked at by itself
   int again_ = 0;        // read again after them
-  bool rules_ = false;
   bool fresh_ = true;    // no walk has weighed a page
   // Lane i holds bits for the items 32 i ... of the walk.
   uint32_t simple_ = 0;  // whole and alike for all rows: the walks below
@@ -277,67 +212,23 @@ class DecodeWarp {
   int k_item_ = 0, k_unit_ = 0, k_units_ = 0, k_end_ = 0, k_issued_ = 0, k_used_ = 0;
   int v_issued_ = 0, v_used_ = 0;
 
-  uint2 q_[kQueryInRegisters ? D / 16 : 1];
   float m_[2 * NT], l_[2 * NT];
   float o_[D / 16][NT][4];
 };
 
-// What item n of the walk is; each lane may ask for another.
-template <int D, int NT>
-__device__ ItemNote DecodeWarp<D, NT>::describe(int n) const {
-  ItemNote note;
-  note.item = first_item_ + n * stride_;
-  const int page = item_page(note.item);
-  const int held = min(kPage, v_.length - page * kPage);
-  note.flags = held << 8;
-  if (!item_sealed(note.item)) {
-    note.slot = v_.t.open[page % static_cast<int>(v_.t.open_pages)];
-    if (!a_.g.k.layered() || !a_.g.v.layered()) note.residual = v_.t.blocks[page];
-    note.flags |= kItemOpen | kItemMixed;
-    return note;
-  }
-  note.slot = v_.t.blocks[page];
-  const bool layered = a_.g.any_layered();
-  if (v_.t.residuals != nullptr && layered) {
-    note.residual = v_.t.residuals[int64_t{page} * a_.g.kv_heads + head_];
-  }
-  const bool seen_by_all = !layered || page < v_.open_from(v_.i_first);
-  const bool held_residual = note.residual >= 0;
-  // What later positions may read in full, earlier ones may too; skipping likewise.
-  const bool forced_first = held_residual && forced_full(page, v_.i_first);
-  const bool forced_last = held_residual && forced_full(page, v_.i_last);
-  const bool skip_first = skippable(page, v_.i_first), skip_last = skippable(page, v_.i_last);
-  if (forced_last && seen_by_all) note.flags |= kItemFull;
-  if (rules_ && held_residual && residual_in_reach(page, v_.i_first)) note.flags |= kItemPromotable;
-  if (rules_ && a_.g.skip > 0 && skip_last) note.flags |= kItemSkippable;
-  if (!seen_by_all || forced_first != forced_last || skip_first != skip_last) {
-    note.flags |= kItemMixed;
-  }
-  if (held == kPage && seen_by_all && page * kPage >= v_.begin(v_.i_last) &&
-      (layered || (page + 1) * kPage <= v_.end(v_.i_first))) {
-    note.flags |= kItemWhole;
-  }
-  return note;
-}
-
 // Tells simple items from others.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::sort_items() {
-  const bool planes = a_.g.k.layered() && a_.g.v.layered();
-  const bool rows = a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16;
-  const bool walks = (planes || rows) && a_.softcap == 0;
-  // The rule of several positions at once is decide()'s.
-  const int decided = v_.i_first == v_.i_last ? 0 : kItemPromotable | kItemSkippable;
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::sort_items() {
+  const bool walks = a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16 && a_.softcap == 0;
   for (int base = 0; base < items_; base += 32) {
     const int n = base + lane_;
     bool simple = false;
-    if (n < items_ && walks) {
+    if (walks && exists(n)) {
       const int flags = describe(n).flags;
-      simple = (flags & (kItemKind | kItemMixed | kItemWhole | decided)) ==
-               (kItemSealed | kItemWhole);
+      simple = (flags & (kItemKind | kItemMixed | kItemWhole)) == (kItemSealed | kItemWhole);
     }
     const uint32_t chosen = __ballot_sync(0xffffffffu, simple);
-    const uint32_t exist = __ballot_sync(0xffffffffu, n < items_);
+    const uint32_t exist = __ballot_sync(0xffffffffu, exists(n));
     if (lane_ == base / 32) {
       simple_ = chosen;
       other_ = exist & ~chosen;
@@ -348,8 +239,8 @@ __device__ void DecodeWarp<D, NT>::sort_items() {
 }
 
 // Notes the next item that is not simple, or of those to be read again; false at the end.
-template <int D, int NT>
-__device__ bool DecodeWarp<D, NT>::next_item() {
+template <int D, int NT, class Shared>
+__device__ bool DecodeWarp<D, NT, Shared>::next_item() {
   if (k_item_ >= k_end_) return false;
   const bool again = k_item_ >= others_;
   const uint32_t mask = again ? noted_ : other_;
@@ -365,8 +256,8 @@ __device__ bool DecodeWarp<D, NT>::next_item() {
   return true;
 }
 
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::issue_rows(StageCopy copy, uint8_t* to,
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::issue_rows(StageCopy copy, uint8_t* to,
                                               const SideGeometry& side, const uint8_t* rows,
                                               int unit, int held) {
   if (side.kind == SideKind::fp8) {
@@ -382,13 +273,13 @@ __device__ void DecodeWarp<D, NT>::issue_rows(StageCopy copy, uint8_t* to,
 }
 
 // Starts the copies of K's units while stages are free; an item's record comes with its first.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::issue_k() {
-  while (k_issued_ - k_used_ < kStages) {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::issue_k() {
+  while (k_issued_ - k_used_ < kRing) {
     if (k_unit_ == 0 && !next_item()) return;
     const ItemNote note = s_.notes[k_item_ % kNotes];
     __syncwarp();
-    const int stage = k_issued_ % kStages;
+    const int stage = k_issued_ % kRing;
     const StageCopy copy{&s_.k_bar[stage], lane_};
     const bool first = k_unit_ == 0;
     constexpr int kRecord = 16 + 32 * NT;
@@ -426,16 +317,16 @@ __device__ void DecodeWarp<D, NT>::issue_k() {
 }
 
 // Starts copies of V while stages are free: of `first`, then of `second`.
-template <int D, int NT>
-__device__ void DecodeWarp<D, NT>::issue_v(Pending& first, Pending& second) {
-  while (v_issued_ - v_used_ < kStages) {
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::issue_v(Pending& first, Pending& second) {
+  while (v_issued_ - v_used_ < kRing) {
     const bool of_first = first.issued < first.units;
     if (!of_first && second.issued >= second.units) return;
     const int unit = of_first ? first.issued++ : second.issued++;
     const bool mean_only = of_first ? first.mean_only : second.mean_only;
     const ItemNote note = s_.notes[of_first ? first.note : second.note];
     __syncwarp();
-    const int stage = v_issued_ % kStages;
+    const int stage = v_issued_ % kRing;
     const StageCopy copy{&s_.v_bar[stage], lane_};
     uint8_t* to = s_.v[stage];
     if (a_.g.v.layered() && note.kind() != kItemOpen) {

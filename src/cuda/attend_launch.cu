@@ -1,9 +1,11 @@
-// launch_attend(): a step's queries in passes of at most 16 positions; each pass prepares, walks the
-// pages and merges. The number of launches depends on the plan alone.
+// launch_attend(): steps of more than 16 positions by attend_prefill, where no rule of decode asks for
+// more; others in passes of at most 16 positions, each of which prepares, walks the pages and merges.
+// The number of launches depends on the plan and the mode alone.
 #include <cmath>
 
 #include "cuda/attend_args.cuh"
 #include "cuda/attend_launch.h"
+#include "cuda/attend_prefill_shape.h"
 #include "cuda/launch.h"
 
 namespace thriftattn::cuda {
@@ -17,13 +19,15 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.tile_rows = 8 * plan.n_tiles;
   a.row_tiles = plan.row_tiles;
   a.splits = static_cast<int32_t>(plan.splits);
+  a.split_rule = plan.split_rule;
+  a.multiprocessors = plan.multiprocessors;
   a.prefill = call.config.mode == AttendMode::prefill;
   a.causal = call.config.causal;
   a.softmax_scale = call.config.softmax_scale;
   a.softcap = call.config.softcap * kLog2e;
   const int block = a.g.k.dim & -a.g.k.dim;
   a.hadamard_factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  a.log2_promote = std::log2(a.g.promote);
+  a.log2_promote = a.g.promote < 1 ? std::log2(a.g.promote) : INFINITY;  // never, whatever the floor
   a.log2_skip = a.g.skip > 0 ? std::log2(a.g.skip) : -INFINITY;
   a.positions = static_cast<int32_t>(plan.positions);
   return a;
@@ -42,14 +46,58 @@ void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
   }
 }
 
+void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
+  switch (a.g.k.dim) {
+    case 64:
+      return launch_planes<64>(a, n_tiles, stream);
+    case 128:
+      return launch_planes<128>(a, n_tiles, stream);
+    case 192:
+      return launch_planes<192>(a, n_tiles, stream);
+    default:
+      return launch_planes<256>(a, n_tiles, stream);
+  }
+}
+
+void launch_walk(const AttendPlan::State& plan, const AttendArgs& a, cudaStream_t stream) {
+  if (plan.planes) return launch_planes(a, plan.n_tiles, stream);
+  launch_decode(a, plan.n_tiles, stream);
+}
+
+void launch_prefill(const AttendArgs& a, cudaStream_t stream) {
+  switch (a.g.k.dim) {
+    case 64:
+      return launch_prefill<64>(a, stream);
+    case 128:
+      return launch_prefill<128>(a, stream);
+    case 192:
+      return launch_prefill<192>(a, stream);
+    default:
+      return launch_prefill<256>(a, stream);
+  }
+}
+
 void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream stream) {
   AttendArgs a = make_attend_args(plan, call);
+  // In decode mode a position reads its earlier pages sealed and by the mass rule.
+  const bool two_terms = call.q_element == Element::f32;
+  const int stages = prefill_stages(a.g.k.dim, a.g.k.layered() || two_terms, plan.major, plan.minor);
+  if (plan.prefill_stages > 0 && stages > 0 && (a.prefill != 0 || !a.g.any_layered())) {
+    a.positions = static_cast<int32_t>(plan.limits.step_tokens);
+    a.tile_rows = kPrefillRows;
+    a.row_tiles = static_cast<int32_t>((plan.limits.step_tokens * a.g.group + kPrefillRows - 1) / kPrefillRows);
+    a.stages = stages;
+    a.two_terms = two_terms;
+    launch_prefill_facts(a, stream);
+    launch_prefill(a, stream);
+    return;
+  }
   for (int64_t first = 0; first < plan.limits.step_tokens; first += plan.positions) {
     a.first_q = first;
     a.positions =
         static_cast<int32_t>(std::min(plan.positions, plan.limits.step_tokens - first));
     launch_prepare(a, stream);
-    launch_decode(a, plan.n_tiles, stream);
+    launch_walk(plan, a, stream);
     launch_merge(a, stream);
   }
 }

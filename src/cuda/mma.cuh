@@ -40,6 +40,8 @@ __device__ inline uint32_t transpose_8x8(uint32_t x) {
   return y;
 }
 
+// 2^e, of -126 <= e <= 127.
+__device__ inline float power_of_two(int e) { return __uint_as_float((127 + e) << 23); }
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -52,9 +54,24 @@ __device__ inline uint32_t hmul2(uint32_t a, uint32_t b) {
   return d;
 }
 
-__device__ inline void barrier_init(uint64_t* bar) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)),
-               "r"(kBulkCopy ? 1 : 32));
+// A barrier of `count` arrivals.
+__device__ inline void barrier_init(uint64_t* bar, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
+}
+// For the copies of one stage.
+__device__ inline void barrier_init(uint64_t* bar) { barrier_init(bar, kBulkCopy ? 1 : 32); }
+// One arrival, by one lane; what it wrote before is seen by those who wait.
+__device__ inline void barrier_arrive(uint64_t* bar) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(bar))
+               : "memory");
+}
+// Where StageCopy::begin() is no arrival, each lane's own.
+__device__ inline void barrier_arrive_each(uint64_t* bar) {
+  if constexpr (!kBulkCopy) barrier_arrive(bar);
+}
+// Of `threads` threads of the block, whole warps.
+__device__ inline void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Barriers are initialised for the copy engine too.

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "cuda/attend_prefill_shape.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn::cuda {
@@ -49,8 +50,8 @@ Workspace lay_out(const AttendPlan::State& s) {
   Workspace w;
   w.rows = int64_t{8} * s.n_tiles * s.row_tiles;
   w.open_records = pages_touched(s.limits);
-  w.page_chunks =
-      (s.limits.max_pages + w.open_records + kPrepareThreads - 1) / kPrepareThreads;
+  const int64_t unit = int64_t{16} * prepare_warps(w.rows);
+  w.page_chunks = std::min<int64_t>(kPageChunks, (s.limits.max_pages + w.open_records + unit - 1) / unit);
   w.chunks = w.page_chunks + 1;
   Layout layout;
   w.q_nvfp4 = layout.take(heads * w.rows * dim * 2);
@@ -60,8 +61,12 @@ Workspace lay_out(const AttendPlan::State& s) {
   w.floors = layout.take(heads * w.chunks * w.rows * 4);
   w.records = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * (4 + 8 * s.n_tiles) * 4);
   w.noted = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * 4);
+  w.next_unit = layout.take(4);
   w.partial_o = layout.take(heads * s.splits * w.rows * dim * 4);
   w.partial_ml = layout.take(heads * s.splits * w.rows * 8);
+  if (s.prefill_stages > 0) {
+    w.facts = layout.take(heads * s.limits.max_pages * static_cast<int64_t>(sizeof(PageFacts)));
+  }
   w.bytes = layout.bytes();
   return w;
 }
@@ -88,10 +93,16 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   }
   s->positions = std::min(limits.step_tokens, kMaxPositions);
   const int64_t rows = s->positions * s->geometry.group;
-  s->n_tiles = rows <= 8 ? 1 : 2;
+  s->multiprocessors = device.multiprocessors;
+  s->planes = s->geometry.k.layered() && s->geometry.v.layered();
+  s->split_rule = s->planes ? kPlanesSplits : kDecodeSplits;
+  s->n_tiles = rows <= 8 ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
   s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
   // A page may be read sealed by some rows and open by others.
-  s->splits = splits_of(limits.max_pages + 1);
+  s->splits = splits_of(limits.max_pages + 1, s->split_rule);
+  if (limits.step_tokens > kMaxPositions) {
+    s->prefill_stages = prefill_stages(s->geometry.k.dim, s->geometry.k.layered(), s->major, s->minor);
+  }
   s->workspace = lay_out(*s);
   state_ = std::move(s);
 }
@@ -103,12 +114,27 @@ const AttendLimits& AttendPlan::limits() const { return state_->limits; }
 
 std::string AttendPlan::explain() const {
   const State& s = *state_;
-  return fmt::format(
-      "attend_decode: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
+  const std::string decode = fmt::format(
+      "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
       "of at least {} pages, K {}, V {}, workspace {:.1f} MB",
-      s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k, s.row_tiles, s.splits, kMinSplitItems,
+      s.planes ? "attend_planes" : "attend_decode", s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k,
+      s.row_tiles, s.splits, s.split_rule.min_items,
       to_string(s.policy.k_format), to_string(s.policy.v_format),
       static_cast<double>(s.workspace.bytes) * 1e-6);
+  if (s.limits.step_tokens <= kMaxPositions) return decode;
+  const char* when = s.geometry.any_layered() ? "decode mode" : "not used";
+  if (s.prefill_stages == 0) {
+    return decode + fmt::format(", passes of {} positions (attend_prefill needs more shared memory or "
+                                "registers than sm_{}{} has at this head_dim)",
+                                s.positions, s.major, s.minor);
+  }
+  const int wide = prefill_stages(s.geometry.k.dim, true, s.major, s.minor);
+  std::string of_f32;
+  if (wide == 0) of_f32 = " (FP32 queries: passes)";
+  if (wide > 0 && wide != s.prefill_stages) of_f32 = fmt::format(" ({} for FP32 queries)", wide);
+  return fmt::format("attend_prefill: {}, tile of {} query rows x {} tokens, {} stages{}; {}: {}, passes of {} positions",
+                     s.major == 9 ? "wgmma" : "mma.sync", kPrefillRows, kPageTokens, s.prefill_stages,
+                     of_f32, when, decode, s.positions);
 }
 
 }  // namespace thriftattn::cuda

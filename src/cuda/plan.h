@@ -17,26 +17,33 @@ namespace thriftattn::cuda {
 
 // Query rows (positions x heads of the group) that one pass of the kernels serves.
 inline constexpr int64_t kMaxPositions = 16;
-// Splits depend on the sequence's own items only (DESIGN section 11): never fewer than
-// kMinSplitItems pages in one, never more than kMaxSplits of them.
-inline constexpr int kMinSplitItems = 32;
+// Splits depend on the sequence's own items only (DESIGN section 11): min_items pages or more in one, at
+// most max_splits of them; but few_splits where there are 8 pages for each. The newest page, in open
+// form, counts as open_items. The numbers of attend_planes make 12 warps an SM of 132 SMs equally busy
+// with one sequence of 131072 tokens and 8 KV heads, and with more or shorter ones.
+struct SplitRule {
+  int32_t min_items = 32, max_splits = 48, few_splits = 1, open_items = 1;
+};
+inline constexpr SplitRule kDecodeSplits{32, 48, 1, 1}, kPlanesSplits{43, 48, 12, 16};
 inline constexpr int kMaxSplits = 48;
-inline constexpr int kPrepareThreads = 128;  // pages a block of the prepare kernel looks at
+// attend_prepare takes the pages of a sequence in at most kPageChunks chunks, each of which leaves a floor
+// a row; a chunk is 16 pages a warp, or a multiple of that. More rows have wider blocks.
+inline constexpr int kPageChunks = 32;
+THRIFTATTN_HOST_DEVICE inline int prepare_warps(int64_t rows) { return rows <= 16 ? 8 : 16; }
 
-THRIFTATTN_HOST_DEVICE inline int64_t items_per_split(int64_t items) {
-  const int64_t even = (items + kMaxSplits - 1) / kMaxSplits;
-  return even > kMinSplitItems ? even : kMinSplitItems;
-}
-THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items) {
-  const int64_t per = items_per_split(items);
-  return (items + per - 1) / per;
+THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items, SplitRule rule) {
+  const int64_t even = (items + rule.max_splits - 1) / rule.max_splits;
+  const int64_t per = even > rule.min_items ? even : rule.min_items;
+  const int64_t splits = (items + per - 1) / per, short_splits = (items + 7) / 8;
+  const int64_t few = short_splits < rule.few_splits ? short_splits : rule.few_splits;
+  return splits > few ? splits : few;
 }
 
 // Offsets in bytes into the workspace. "rows" are of one (sequence, KV head), padded to tiles.
 struct Workspace {
   int64_t rows = 0;          // tiles * tile_rows
   int64_t open_records = 0;   // records of open pages, behind those of max_pages sealed ones
-  int64_t page_chunks = 0;    // prepare blocks over the pages of a sequence
+  int64_t page_chunks = 0;    // of the pages of a sequence, at most kPageChunks
   int64_t chunks = 0;         // page_chunks, and one for what is exact
   int64_t q_nvfp4 = 0, q_fp8 = 0, q_bf16 = 0;  // query fragments
   int64_t row_factor = 0;    // [batch][kv_heads][rows]: FP32 factor of the FP16 query
@@ -44,8 +51,10 @@ struct Workspace {
   int64_t records = 0;       // [batch][kv_heads][row_tiles][max_pages + open_records][4 + tile rows]:
                              // 4 page scales and an offset a row
   int64_t noted = 0;         // [batch][kv_heads][row_tiles][max_pages + open_records] row bits
+  int64_t next_unit = 0;     // int32: what attend_planes takes next; prepare sets it to 0
   int64_t partial_o = 0;     // [batch][kv_heads][splits][rows][dim]
   int64_t partial_ml = 0;    // [batch][kv_heads][splits][rows][2]
+  int64_t facts = 0;         // [batch][kv_heads][max_pages] PageFacts of attend_prefill
   int64_t bytes = 0;
 };
 
@@ -56,16 +65,31 @@ struct AttendPlan::State {
   Geometry geometry;
   int device = 0;
   int major = 0, minor = 0;
-  int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1 or 2
+  int multiprocessors = 1;
+  bool planes = false;  // attend_planes, for two NVFP4 sides; else attend_decode
+  SplitRule split_rule;
+  int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1, 2 or 4
   int row_tiles = 1;    // blocks over the rows of a (sequence, KV head)
   int64_t positions = 1;  // query positions of one pass: min(step_tokens, 16)
   int64_t splits = 1;
+  int prefill_stages = 0;  // of attend_prefill; 0: it is not used
   Workspace workspace;
+};
+
+// What attend_prefill reads of a page before its codes: made by prefill_facts().
+struct alignas(16) PageFacts {
+  int32_t slot = -1, residual = -1, open = -1;  // open: the page is read in open form
+  int32_t mean_exponent = 0;  // K's mean is FP16 numbers times 2^this
+  float k_factor = 1;         // scores are q'.tile times this
+  float k_tile = 1;           // plain and open rows of K are multiplied with this; of codes, the page
+                              // scale of the residual over that of the base
+  int32_t v_exponent = 0;     // V's tile holds values times 2^-v_exponent
+  uint32_t v_factors = 0;     // FP16: of a base block's scale times 2^7, and of the residual's
 };
 
 // Items a warp walks are noted in 32 words of 32 bits.
 inline constexpr int kWarps = 4;
-inline constexpr int64_t kMaxPages = int64_t{kMaxSplits} * kWarps * 1024 - 2;
+inline constexpr int64_t kMaxPages = int64_t{kDecodeSplits.max_splits} * kWarps * 1024 - 2;
 
 // Pages that the step of a sequence may touch.
 inline int64_t pages_touched(const AttendLimits& limits) {

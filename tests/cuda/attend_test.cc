@@ -134,6 +134,28 @@ TEST(CudaAttend, RaggedBatchAndTheRule) {
   EXPECT_GT(skipped, 5);
 }
 
+// attend_prepare takes pages in chunks of at least 128, or 256 with more than 16 rows, at most 32 of
+// them, and with many sequences several chunks in one block.
+TEST(CudaAttend, ChunksOfPages) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = options(layered_policy(0.01, 0.0005), 270000);
+  o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
+  o.equalizer = false;
+  DeviceCase longest({o});
+  longest.check("chunks of 256 pages", kTightCuda);
+  o.shape.q_heads = 20;
+  o.length = 50000;
+  DeviceCase rows({o});
+  rows.check("20 rows", kTightCuda);
+  o.shape = {.kv_heads = 8, .q_heads = 8, .head_dim_k = 64, .head_dim_v = 64};
+  o.length = 9000;
+  std::vector<CaseOptions> cases{o};
+  o.length = 70;
+  cases.resize(20, o);
+  DeviceCase many(cases);
+  many.check("two chunks a block", kTightCuda);
+}
+
 TEST(CudaAttend, RunsAreBitwiseEqual) {
   SKIP_WITHOUT_DEVICE();
   CaseOptions o = options(layered_policy(0.03, 0.003), 5000);

@@ -37,6 +37,13 @@ AttentionCase::AttentionCase(const CaseOptions& o)
   };
   fill(k_, total * o.shape.kv_heads * o.shape.head_dim_k, 1.0f, o.k_offset);
   fill(v_, total * o.shape.kv_heads * o.shape.head_dim_v, 1.0f, 0.3f);
+  if (o.v_spread != 0) {
+    const int64_t width = o.shape.kv_heads * o.shape.head_dim_v;
+    for (int64_t i = 0; i < total * width; ++i) {
+      v_[static_cast<size_t>(i)] *=
+          std::exp2(o.v_spread * static_cast<float>(i / width / kPageTokens % 4 - 1));
+    }
+  }
   fill(q_, o.queries * o.shape.q_heads * o.shape.head_dim_k, o.q_gain, 0.0f);
   if (o.bf16_queries) {
     for (float& x : q_) x = bf16_to_f32(f32_to_bf16(x));

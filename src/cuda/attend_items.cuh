@@ -1,0 +1,171 @@
+// What the query rows of a tile see of a sequence's pages, item by item: an item is a page in its tier,
+// or an open page. Both attend kernels walk items of (sequence, KV head, tile of rows, split).
+#pragma once
+
+#include "cuda/attend_args.cuh"
+
+namespace thriftattn::cuda {
+
+// How an item is read.
+enum ItemKind : int32_t {
+  kItemSealed = 0,  // base planes (or plain rows), by the mass rule
+  kItemFull = 1,    // base and residual for all rows
+  kItemOpen = 2,    // the open form
+  kItemAgain = 3,   // base and residual for the rows that promoted it
+};
+// With the kind in the low bits, the number of tokens that exist from bit 8 on, and the walk's index
+// from bit 16 on:
+enum ItemFlags : int32_t {
+  kItemKind = 3,
+  kItemWhole = 4,        // every row sees every token
+  kItemPromotable = 8,   // by mass
+  kItemSkippable = 16,   // by mass
+  kItemMixed = 32,       // rows differ in what they may do
+};
+
+struct ItemNote {
+  int32_t slot = -1;      // page slot, or open slot
+  int32_t residual = -1;  // residual slot; of an open item, its page slot
+  int32_t item = 0;       // within the tile's list
+  int32_t flags = 0;
+
+  __device__ int kind() const { return flags & kItemKind; }
+  __device__ int held() const { return flags >> 8 & 0xff; }
+  __device__ int index() const { return flags >> 16; }  // of the walk
+};
+
+// What the tile's rows are: in shared memory, because registers are what bounds the kernels.
+template <int NT>
+struct TileRows {
+  float row_factor[8 * NT];
+  float floor[8 * NT];       // log2 of a floor of the row's sum
+  int32_t position[8 * NT];  // of the pass; -1: no such row
+  TileView view;
+};
+
+// Which items a walk has: every stride_'th, beginning with the newest. So the last pages, which take
+// longer, fall to different blocks, and to those that start first. The newest one takes the place of
+// open_items: its walk has none of the next open_items - 1.
+template <int D, int NT>
+class ItemWalk {
+ public:
+  // `part` of `parts` walks that share a split.
+  __device__ ItemWalk(const AttendArgs& a, const TileRows<NT>& rows, int head, int tile, int seq,
+                      int split, int part, int parts)
+      : a_(a), v_(rows.view), b_(rows), tile_(tile), head_(head), seq_(seq) {
+    // Read so that it stays in a register instead of being read again in every loop.
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
+    g_ = lane_ / 4;
+    j_ = lane_ % 4;
+    const int splits = max(1, static_cast<int>(splits_of(v_.items, a.split_rule)));  // no items: one split of none
+    first_ = split + part * splits;
+    stride_ = splits * parts;
+    const int extra = a.split_rule.open_items - 1;
+    items_ = max(0, (v_.items + extra - first_ + stride_ - 1) / stride_);
+    if (items_ <= extra) {
+      for (items_ = 0; items_ <= extra && first_ + items_ * (stride_ - 1) < v_.items;) ++items_;
+    }
+    rules_ = !v_.prefill && a.g.any_layered() && (a.g.promote < 1.0f || a.g.skip > 0.0f);
+  }
+
+  // This lane's fragments of the tile's queries.
+  __device__ const uint2* query_nvfp4() const {
+    const int64_t n_tile =
+        ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8;
+    return workspace_at<const uint2>(a_, a_.ws.q_nvfp4) + n_tile * (D / 16) * 32 + lane_;
+  }
+
+ protected:
+  // Row of the tile of a lane's column c: rows 8t + 2j, + 1 are columns 2t, 2t + 1.
+  __device__ int column_row(int c) const { return c / 2 * 8 + 2 * j_ + (c & 1); }
+  // Whether the walk's n-th place holds an item, and which.
+  __device__ bool exists(int n) const {
+    return n < items_ && (first_ != 0 || n == 0 || n >= a_.split_rule.open_items);
+  }
+  __device__ int item_of(int n) const {
+    return v_.items - 1 - (first_ + n * stride_ - min(n, a_.split_rule.open_items - 1));
+  }
+  __device__ bool item_sealed(int item) const { return item < v_.sealed_items; }
+  __device__ int item_page(int item) const {
+    return item_sealed(item) ? v_.page_begin + item : v_.open_first + item - v_.sealed_items;
+  }
+  __device__ bool residual_in_reach(int page, int i) const {
+    if (!a_.g.sealed) return true;
+    return int64_t{page} * kPage < a_.g.sinks ||
+           int64_t{page + 1} * kPage > v_.end(i) - a_.g.recent;
+  }
+  // Whether a held residual is read whatever the mass, where it is in reach.
+  __device__ bool always_full() const {
+    return v_.prefill || a_.g.k.always_full || a_.g.v.always_full || a_.g.sealed;
+  }
+  __device__ bool forced_full(int page, int i) const {
+    return v_.prefill || (always_full() && residual_in_reach(page, i));
+  }
+  __device__ bool skippable(int page, int i) const {
+    return a_.g.v.layered() && a_.g.center &&
+           (v_.window == 0 || page * kPage >= v_.end(i) - v_.window);
+  }
+  __device__ const uint8_t* side_at(const SideGeometry& side, int slot) const {
+    return a_.call.memory.pages + int64_t{slot} * a_.g.slot_bytes + side.start +
+           int64_t{head_} * side.head_bytes;
+  }
+  __device__ const uint8_t* residual_at(int slot) const {
+    return a_.call.memory.residuals + int64_t{slot} * a_.g.residual_bytes;
+  }
+  __device__ uint8_t* decision_at(int i, int page) const {
+    return a_.call.decisions +
+           ((seq_ * a_.limits.step_tokens + a_.first_q + i) * a_.limits.max_pages + page) *
+               a_.g.kv_heads +
+           head_;
+  }
+  __device__ ItemNote describe(int n) const;
+
+  const AttendArgs& a_;
+  const TileView& v_;
+  const TileRows<NT>& b_;
+  int tile_, head_, seq_;
+  int lane_, g_, j_;
+  int first_ = 0, stride_ = 1;
+  int items_ = 0;  // places of the walk
+  bool rules_ = false;
+};
+
+// What item n of the walk is; each lane may ask for another.
+template <int D, int NT>
+__device__ ItemNote ItemWalk<D, NT>::describe(int n) const {
+  ItemNote note;
+  note.item = item_of(n);
+  const int page = item_page(note.item);
+  const int held = min(kPage, v_.length - page * kPage);
+  note.flags = held << 8 | n << 16;
+  if (!item_sealed(note.item)) {
+    note.slot = v_.t.open[page % static_cast<int>(v_.t.open_pages)];
+    if (!a_.g.k.layered() || !a_.g.v.layered()) note.residual = v_.t.blocks[page];
+    note.flags |= kItemOpen | kItemMixed;
+    return note;
+  }
+  note.slot = v_.t.blocks[page];
+  const bool layered = a_.g.any_layered();
+  if (v_.t.residuals != nullptr && layered) {
+    note.residual = v_.t.residuals[int64_t{page} * a_.g.kv_heads + head_];
+  }
+  const bool seen_by_all = !layered || page < v_.open_from(v_.i_first);
+  const bool held_residual = note.residual >= 0;
+  // What later positions may read in full, earlier ones may too; skipping likewise.
+  const bool forced_first = held_residual && forced_full(page, v_.i_first);
+  const bool forced_last = held_residual && forced_full(page, v_.i_last);
+  const bool skip_first = skippable(page, v_.i_first), skip_last = skippable(page, v_.i_last);
+  if (forced_last && seen_by_all) note.flags |= kItemFull;
+  if (rules_ && held_residual && residual_in_reach(page, v_.i_first)) note.flags |= kItemPromotable;
+  if (rules_ && a_.g.skip > 0 && skip_last) note.flags |= kItemSkippable;
+  if (!seen_by_all || forced_first != forced_last || skip_first != skip_last) {
+    note.flags |= kItemMixed;
+  }
+  if (held == kPage && seen_by_all && page * kPage >= v_.begin(v_.i_last) &&
+      (layered || (page + 1) * kPage <= v_.end(v_.i_first))) {
+    note.flags |= kItemWhole;
+  }
+  return note;
+}
+
+}  // namespace thriftattn::cuda

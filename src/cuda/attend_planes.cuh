@@ -1,0 +1,178 @@
+// attend_planes: attention of a few query rows over pages whose K and V are both NVFP4 planes: the
+// kernels around what their warps do (attend_planes_solo.cuh, attend_planes_team.cuh). Fragments are as
+// in attend_decode_warp.cuh.
+#pragma once
+
+#include "cuda/attend_planes_scores.cuh"
+#include "cuda/attend_planes_solo.cuh"
+#include "cuda/attend_planes_values.cuh"
+
+namespace thriftattn::cuda {
+
+// What the rows of a tile are, by one warp.
+template <int D, int NT>
+__device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int head, TileRows<NT>& rows) {
+  const int lane = threadIdx.x % 32;
+  const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    // Four lanes a row.
+    const int r = 8 * n + lane / 4, row = v.first_row + r;
+    const bool real = row < v.end_row;
+    const float floor =
+        row_floor<4>(a, seq_head, row, head * a.g.group + row % a.g.group, real);
+    if (lane % 4 != 0) continue;
+    rows.floor[r] = real ? floor : INFINITY;
+    rows.position[r] = real ? row / a.g.group : -1;
+    rows.row_factor[r] =
+        real ? workspace_at<const float>(a, a.ws.row_factor)[seq_head * a.ws.rows + row] : 0.0f;
+  }
+  __syncwarp();
+}
+
+// The units of a launch: splits of tiles of rows, those with the newest pages first.
+struct Units {
+  int32_t tiles, per_split, count;
+
+  // By a whole warp.
+  __device__ explicit Units(const AttendArgs& a) : tiles(a.g.kv_heads * a.row_tiles) {
+    // Splits of the longest sequence.
+    int splits = 0;
+    for (int b = threadIdx.x % 32; b < a.limits.batch; b += 32) splits = max(splits, most_splits(a, b));
+    per_split = static_cast<int32_t>(a.limits.batch) * tiles;
+    count = __reduce_max_sync(~0u, splits) * per_split;
+  }
+  // One page may be there in two forms.
+  __device__ static int most_splits(const AttendArgs& a, int seq) {
+    const int64_t pages = (int64_t{a.call.tables.lengths[seq]} + kPage - 1) / kPage + 1;
+    return static_cast<int>(splits_of(pages, a.split_rule));
+  }
+  __device__ int split(int unit) const { return unit / per_split; }
+  __device__ int seq(int unit) const { return unit % per_split / tiles; }
+  __device__ int head(const AttendArgs& a, int unit) const { return unit % tiles / a.row_tiles; }
+  __device__ int tile(const AttendArgs& a, int unit) const { return unit % a.row_tiles; }
+  // The first row of a unit's partial.
+  __device__ int64_t partial(const AttendArgs& a, int unit) const {
+    return ((int64_t{seq(unit)} * a.g.kv_heads + head(a, unit)) * a.splits + split(unit)) * a.ws.rows +
+           tile(a, unit) * a.tile_rows;
+  }
+};
+
+template <int D>
+__global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
+    attend_planes_solo(const __grid_constant__ AttendArgs a) {
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  SolosShared<D>& shared = *reinterpret_cast<SolosShared<D>*>(shared_bytes);
+  const int way = threadIdx.x / 32, lane = threadIdx.x % 32;
+  SoloShared<D>& s = shared.warp[way];
+  DecodeWarp<D, 1, SoloShared<D>>::init(s, lane);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const Units units(a);
+  SoloCursor cursor;
+  int finished = -1;  // the unit whose sums lie in shared memory
+  const auto add_finished = [&] {
+    WarpSums from[kSoloWarps];
+#pragma unroll
+    for (int w = 0; w < kSoloWarps; ++w) from[w] = {shared.warp[w].v[0], shared.warp[w].l, shared.warp[w].m};
+    add_up<D, 1, kSoloWarps>(a, from, way, lane, units.partial(a, finished));
+  };
+  // Units are taken as blocks become free: which block adds a unit up makes no difference to it.
+  int32_t* counter = workspace_at<int32_t>(a, a.ws.next_unit);
+  for (int unit = blockIdx.x; unit >= 0 && unit < units.count; unit = shared.next) {
+    int next = 0;
+    if (threadIdx.x == 0) next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+    const int seq = units.seq(unit), head = units.head(a, unit), tile = units.tile(a, unit);
+    const TileView v = tile_view(a, seq, tile);
+    __syncwarp();  // the unit before is not read any more
+    if (lane == 0) s.page.rows.view = v;
+    __syncwarp();
+    const ItemWalk<D, 1> walk(a, s.page.rows, head, tile, seq, units.split(unit), way, kSoloWarps);
+    SoloWarp<D>(walk, s, cursor).run(
+        &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, seq, head, s.page.rows); },
+        [&] {
+          uint2 q[D / 16 / kSoloWarps];
+#pragma unroll
+          for (int i = 0; i < D / 16 / kSoloWarps; ++i) q[i] = walk.query_nvfp4()[(way + i * kSoloWarps) * 32];
+          __syncthreads();  // all warps have left their sums
+#pragma unroll
+          for (int i = 0; i < D / 16 / kSoloWarps; ++i) shared.query[way + i * kSoloWarps][lane] = q[i];
+          if (finished >= 0) add_finished();
+          if (threadIdx.x == 0) {
+            while (next < units.count && units.split(next) >= Units::most_splits(a, units.seq(next))) {
+              next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+            }
+            shared.next = next;
+          }
+          __syncthreads();
+        });
+    finished = unit;
+  }
+  __syncthreads();
+  if (finished >= 0) add_finished();
+}
+
+template <int D, int NT>
+__global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
+    attend_planes_team(const __grid_constant__ AttendArgs a) {
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  TeamsShared<D, NT>& shared = *reinterpret_cast<TeamsShared<D, NT>*>(shared_bytes);
+  const int warp = threadIdx.x / 32, team = warp % kTeams, lane = threadIdx.x % 32;
+  TeamShared<D, NT>& s = shared.team[team];
+  if (warp < kTeams) init_team(s, lane);
+  __syncthreads();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (warp >= kTeams) {
+    ValueWarp<D, NT>(a, shared, team).run();
+    return;
+  }
+  const Units units(a);
+  TeamCursor cursor;
+  for (int unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
+    const int seq = units.seq(unit), head = units.head(a, unit), tile = units.tile(a, unit);
+    const TileView v = tile_view(a, seq, tile);
+    if (units.split(unit) >= splits_of(v.items, a.split_rule)) continue;
+    __syncwarp();  // the unit before is not read any more
+    if (lane == 0) s.page.rows.view = v;
+    fill_rows<D, NT>(a, v, seq, head, s.page.rows);
+    const ItemWalk<D, NT> walk(a, s.page.rows, head, tile, seq, units.split(unit), team, kTeams);
+    ScoreWarp<D, NT>(walk, s, cursor).run(units.partial(a, unit));
+  }
+  ScoreWarp<D, NT>::stop(s, cursor, lane);
+}
+
+struct PlanesShape {
+  int threads, bytes, blocks;  // of an SM
+};
+inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& shape, const AttendArgs& a,
+                                 cudaStream_t stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes), "attend_planes");
+  const int64_t units = int64_t{a.splits} * a.limits.batch * a.g.kv_heads * a.row_tiles;
+  const int64_t blocks = std::min<int64_t>(units, int64_t{a.multiprocessors} * shape.blocks);
+  launch_after_previous(kernel,
+                        {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(shape.threads)),
+                         static_cast<size_t>(shape.bytes)},
+                        a, stream, "attend_planes");
+}
+template <int D, int NT>
+void launch_planes_team(const AttendArgs& a, cudaStream_t stream) {
+  launch_planes_kernel(attend_planes_team<D, NT>,
+                       {64 * kTeams, static_cast<int>(sizeof(TeamsShared<D, NT>)), TeamShape<D, NT>::kBlocks}, a,
+                       stream);
+}
+
+template <int D>
+void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
+  if (n_tiles == 1) {
+    return launch_planes_kernel(
+        attend_planes_solo<D>,
+        {32 * kSoloWarps, static_cast<int>(sizeof(SolosShared<D>)), kSoloBlocks<D>}, a, stream);
+  }
+  if constexpr (D <= 128) {
+    if (n_tiles == 4) return launch_planes_team<D, 4>(a, stream);
+  }
+  launch_planes_team<D, 2>(a, stream);
+}
+
+}  // namespace thriftattn::cuda

@@ -1,0 +1,97 @@
+// What attend_planes alone can get wrong: walks with whole pages and other items, rows of a tile that
+// decide differently, more units of work than blocks, and masses between the thresholds.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/device_case.h"
+
+namespace thriftattn::testing {
+namespace {
+
+constexpr double kTightCuda = 2.5e-3;  // as in attend_test.cc
+
+CaseOptions options(LayerPolicy policy, int64_t length) {
+  CaseOptions o;
+  o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
+  o.policy = policy;
+  o.length = length;
+  o.q_gain = 1.0f;
+  return o;
+}
+
+// Long enough that the walk with the open page has whole pages too; with a window, one has the page
+// that it cuts, which is now and then the one with most of the attention.
+TEST(CudaPlanes, WalksWithPagesAndOtherItems) {
+  SKIP_WITHOUT_DEVICE();
+  DeviceCase open({options(layered_policy(0.004, 0.0005), 50000)});
+  open.check("open page", kTightCuda);
+  DeviceCase sealed({options(sealed_policy(64, 512), 50000)});
+  sealed.check("sealed", kTightCuda);
+  for (int64_t length = 2100; length < 2500; length += 13) {
+    CaseOptions o = options(layered_policy(0.05, 0.01), length);
+    o.shape.q_heads = 8;
+    o.shape.window = 2000;
+    o.q_gain = 2.5f;
+    DeviceCase c({o});
+    c.check("window, length " + std::to_string(length), kTightCuda);
+  }
+}
+
+TEST(CudaPlanes, PositionsThatDecideDifferently) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  for (const int64_t queries : {2, 4, 8, 16}) {
+    CaseOptions o = options(layered_policy(0.05, 0.03), 3000);
+    o.queries = queries;
+    DeviceCase c({o});
+    c.check(std::to_string(queries) + " positions", kTightCuda);
+    // Pages that some positions promote and others do not; some skip and others do not.
+    const auto decisions = c.attend().decisions;
+    for (int64_t page = 0; page < c.max_pages(); ++page) {
+      int64_t full = 0, skip = 0;
+      for (int64_t i = 0; i < queries; ++i) {
+        const auto d = static_cast<cuda::Decision>(decisions[static_cast<size_t>(i * c.max_pages() + page)]);
+        full += d == cuda::Decision::full ? 1 : 0;
+        skip += d == cuda::Decision::skip ? 1 : 0;
+      }
+      promoted += full > 0 && full < queries ? 1 : 0;
+      skipped += skip > 0 && skip < queries ? 1 : 0;
+    }
+  }
+  EXPECT_GT(promoted, 5);
+  EXPECT_GT(skipped, 0);
+}
+
+// 40 sequences, 2 KV heads and 6 splits: 480 units, of which an H100 holds 396 at a time.
+TEST(CudaPlanes, MoreUnitsThanBlocks) {
+  SKIP_WITHOUT_DEVICE();
+  std::vector<CaseOptions> cases;
+  for (uint32_t seed = 1; seed <= 40; ++seed) {
+    CaseOptions o = options(layered_policy(0.05, 0.01), 2600);
+    o.shape = {.kv_heads = 2, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
+    o.seed = seed;
+    cases.push_back(o);
+  }
+  DeviceCase c(cases);
+  c.check("first call", kTightCuda);
+  const auto second = c.attend(), third = c.attend();
+  EXPECT_EQ(std::memcmp(second.out.data(), third.out.data(), second.out.size() * 4), 0);
+  c.check("fourth call", kTightCuda);
+}
+
+// Masses of 0.02 or so, thresholds well below and above.
+TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  DeviceCase c({options(layered_policy(0.1, 0.01), 3000)});
+  c.check_rule("far apart", &promoted, &skipped);
+  EXPECT_EQ(promoted, 0);
+  EXPECT_EQ(skipped, 0);
+  const auto decisions = c.attend().decisions;
+  EXPECT_GT(std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::base)), 40);
+}
+
+}  // namespace
+}  // namespace thriftattn::testing

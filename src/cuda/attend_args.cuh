@@ -92,20 +92,22 @@ __device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile) {
   return tile_view(a, seq, tile, a.tile_rows);
 }
 
-// The record of a page for a tile of rows: 4 page scales (K, V, residual K, residual V), then q'.mean
-// a row. Open pages have theirs behind those of the sealed ones.
+// The record of a page for a tile of rows: 4 page scales (K, V, residual K, residual V), then
+// q'.mean a row. Open pages have theirs behind those of the sealed ones.
 __device__ inline float* page_record(const AttendArgs& a, int64_t seq_head, int tile, int index) {
   const int64_t pages = a.limits.max_pages + a.ws.open_records;
   return workspace_at<float>(a, a.ws.records) +
          ((seq_head * a.row_tiles + tile) * pages + index) * (4 + a.tile_rows);
 }
 
-// log2 of a floor of the sum of exp over everything visible to a row, by `Lanes` lanes next to each other,
-// which all get it; lanes that ask for no row get -inf. By a whole warp.
+// log2 of a floor of the sum of exp over everything visible to a row, by `Lanes` lanes next to each
+// other, which all get it; lanes that ask for no row get -inf. By a whole warp.
 template <int Lanes>
-__device__ inline float row_floor(const AttendArgs& a, int64_t seq_head, int row, int q_head, bool asks = true) {
+__device__ inline float row_floor(const AttendArgs& a, int64_t seq_head, int row, int q_head,
+                                  bool asks = true) {
   constexpr int kEach = (kPageChunks + Lanes) / Lanes;  // of kPageChunks + 1
-  const float* floors = workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
+  const float* floors =
+      workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
   float x[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {

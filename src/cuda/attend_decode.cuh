@@ -1,5 +1,6 @@
-// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works). A block is
-// a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a partial.
+// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works). A block
+// is a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a
+// partial.
 #pragma once
 
 #include "cuda/attend_decode_scores.cuh"
@@ -78,7 +79,9 @@ __device__ void DecodeWarp<D, NT, Shared>::leave(float* to) const {
 }
 
 template <int D, int NT>
-__global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3 : D <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
+                                               : D <= 128          ? 2
+                                                                   : 1)
     attend_decode(const __grid_constant__ AttendArgs a) {
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   BlockShared<D, NT>& shared = *reinterpret_cast<BlockShared<D, NT>*>(shared_bytes);
@@ -108,7 +111,8 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3 : D <= 12
   __syncthreads();
   using Warp = DecodeWarp<D, NT, WarpShared<D, NT>>;
   Warp::init(shared.warps[warp], threadIdx.x % 32);
-  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, split, warp, kWarps), shared.warps[warp]);
+  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, split, warp, kWarps),
+              shared.warps[warp]);
   decode.run();
 
   constexpr int kRows = 8 * NT, kState = kRows * (D + 2);
@@ -147,8 +151,8 @@ void launch_decode_tile(const AttendArgs& a, cudaStream_t stream) {
                              bytes),
         "attend_decode");
   const dim3 grid(a.g.kv_heads * a.row_tiles, a.splits, static_cast<unsigned>(a.limits.batch));
-  launch_after_previous(attend_decode<D, NT>, {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)}, a,
-                        stream, "attend_decode");
+  launch_after_previous(attend_decode<D, NT>, {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)},
+                        a, stream, "attend_decode");
 }
 
 template <int D>

@@ -6,11 +6,12 @@
 namespace thriftattn::cuda {
 
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::scores_bf16(const uint8_t* rows, float (&s)[NT][4]) const {
-  const uint4* q = workspace_at<const uint4>(a_, a_.ws.q_bf16) +
-                   ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
-                       (D / 16) * 32 +
-                   lane_;
+__device__ void DecodeWarp<D, NT, Shared>::scores_bf16(const uint8_t* rows,
+                                                       float (&s)[NT][4]) const {
+  const uint4* q =
+      workspace_at<const uint4>(a_, a_.ws.q_bf16) +
+      ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 * (D / 16) * 32 +
+      lane_;
   const uint8_t* at = rows + perm_ * StageSizes<D>::kRowStride + 16 * j_;
 #pragma unroll
   for (int c = 0; c < D / 32; ++c) {
@@ -31,18 +32,19 @@ __device__ void DecodeWarp<D, NT, Shared>::scores_bf16(const uint8_t* rows, floa
 
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::scores_fp8(const uint8_t* rows, int slice,
-                                              float (&s)[NT][4]) const {
-  const uint2* q = workspace_at<const uint2>(a_, a_.ws.q_fp8) +
-                   ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 *
-                       (D / 16) * 32 +
-                   lane_;
+                                                      float (&s)[NT][4]) const {
+  const uint2* q =
+      workspace_at<const uint2>(a_, a_.ws.q_fp8) +
+      ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8 * (D / 16) * 32 +
+      lane_;
   const uint8_t* row0 = rows + (16 * slice + perm_) * (D + 4);
   const uint8_t* row1 = row0 + 8 * (D + 4);
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
     const uint32_t x = *reinterpret_cast<const uint32_t*>(row0 + 4 + j_ * (D / 4) + 4 * c);
     const uint32_t y = *reinterpret_cast<const uint32_t*>(row1 + 4 + j_ * (D / 4) + 4 * c);
-    const uint32_t k[4] = {expand_e4m3(x), expand_e4m3(y), expand_e4m3(x >> 8), expand_e4m3(y >> 8)};
+    const uint32_t k[4] = {expand_e4m3(x), expand_e4m3(y), expand_e4m3(x >> 8),
+                           expand_e4m3(y >> 8)};
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const uint2 b = q[(n * (D / 16) + c) * 32];
@@ -101,7 +103,9 @@ __device__ void DecodeWarp<D, NT, Shared>::softmax(float (&s)[4][NT][4], Pending
 template <int D, int NT, class Shared>
 __device__ uint32_t* DecodeWarp<D, NT, Shared>::noted_rows(int item) const {
   return workspace_at<uint32_t>(a_, a_.ws.noted) +
-         ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.row_tiles + tile_) * (a_.limits.max_pages + a_.ws.open_records) + item;
+         ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.row_tiles + tile_) *
+             (a_.limits.max_pages + a_.ws.open_records) +
+         item;
 }
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::note_columns(int item, uint32_t columns) const {
@@ -124,8 +128,8 @@ __device__ uint32_t DecodeWarp<D, NT, Shared>::noted_columns(int item) const {
 // The general case: rows of several positions that may do different things.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& note, int page,
-                                                      const float (&mass)[2 * NT],
-                                                      Pending& cur) const {
+                                                              const float (&mass)[2 * NT],
+                                                              Pending& cur) const {
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) {
     const int i = b_.position[column_row(c)];
@@ -249,7 +253,8 @@ __device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
         SliceAddress from = k_slice<D>(s_.k[stage], lane_);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          score_slice<D, NT>(from, [&](int t, int step) { return q[(t * (D / 16) + step) * 32]; }, s[i]);
+          score_slice<D, NT>(
+              from, [&](int t, int step) { return q[(t * (D / 16) + step) * 32]; }, s[i]);
           from.codes += 16 * (D / 2);
           from.scales += 16 * (D / 16);
         }
@@ -328,8 +333,8 @@ __device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
 
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::write_decisions(int page, Decision decision,
-                                                   uint32_t columns, uint32_t skipping,
-                                                   bool open) const {
+                                                           uint32_t columns, uint32_t skipping,
+                                                           bool open) const {
   if (a_.call.decisions == nullptr || g_ != 0) return;
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) {

@@ -8,7 +8,7 @@ namespace thriftattn::cuda {
 // Moves O to the maximum that this item brings; f: what P.V is multiplied with, lf: mean(V).
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::take_factors(const Pending& p, float (&f)[2 * NT],
-                                                float (&lf)[2 * NT]) {
+                                                        float (&lf)[2 * NT]) {
   float move[2 * NT];
   bool moved = false;
 #pragma unroll
@@ -38,9 +38,9 @@ __device__ void DecodeWarp<D, NT, Shared>::take_factors(const Pending& p, float 
 
 // 16 rows of V, of tokens 16 * slice on.
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows, const uint32_t (&p)[4][NT][2],
-                                               int slice,
-                                               const float (&f)[2 * NT]) {
+__device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows,
+                                                       const uint32_t (&p)[4][NT][2], int slice,
+                                                       const float (&f)[2 * NT]) {
   constexpr int kWords = D / 64;
   // P in FP16 is a BF16 number and what that leaves, exactly.
   uint32_t high[NT][2], low[NT][2];
@@ -93,8 +93,8 @@ __device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows, cons
 
 // 32 rows of V, of tokens 32 * unit on.
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const Pending& p, int unit,
-                                              const float (&f)[2 * NT]) {
+__device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const Pending& p,
+                                                      int unit, const float (&f)[2 * NT]) {
   constexpr int kWords = D / 64;
   // The scales of the rows go into P, relative to the largest.
   const int t0 = 2 * j_ + (j_ & 1);
@@ -122,8 +122,8 @@ __device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float2 y = __half22float2(reinterpret_cast<const __half2&>(p.p[i][n][h]));
-        const __half2 z = __floats2half2_rn(y.x * (scale[i % 2][h].x / top),
-                                            y.y * (scale[i % 2][h].y / top));
+        const __half2 z =
+            __floats2half2_rn(y.x * (scale[i % 2][h].x / top), y.y * (scale[i % 2][h].y / top));
         pt[i % 2][n][h] = reinterpret_cast<const uint32_t&>(z);
       }
     }
@@ -190,8 +190,9 @@ __device__ void DecodeWarp<D, NT, Shared>::values(Pending& p, Pending& next) {
         float factor[2 * NT];
 #pragma unroll
         for (int c = 0; c < 2 * NT; ++c) factor[c] = f[c] * scale;
-        add_values<D, NT, 4>(at, lane_, [&](int i, int n) { return make_uint2(p.p[i][n][0], p.p[i][n][1]); },
-                             factor, o_);
+        add_values<D, NT, 4>(
+            at, lane_, [&](int i, int n) { return make_uint2(p.p[i][n][0], p.p[i][n][1]); }, factor,
+            o_);
       }
     } else {
       // Rows that do not exist have P = 0, but their bytes may be anything.

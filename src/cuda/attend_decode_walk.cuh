@@ -1,7 +1,7 @@
-// The walks over simple items (attend_decode_warp.cuh): pages of which every row sees every token and
-// may do the same. They are nearly all pages of a long context, so these loops do nothing else, and
-// their code is short: what serves every case in one loop spends most of its time outside of the
-// products, and a fifth of it waiting for instructions.
+// The walks over simple items (attend_decode_warp.cuh): pages of which every row sees every token
+// and may do the same. They are nearly all pages of a long context, so these loops do nothing else,
+// and their code is short: what serves every case in one loop spends most of its time outside of
+// the products, and a fifth of it waiting for instructions.
 #pragma once
 
 #include "cuda/attend_decode_scores.cuh"
@@ -13,7 +13,7 @@ namespace thriftattn::cuda {
 // far above the reference m_, that is raised: rarely after the first pages.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2],
-                                         float (&sum)[2 * NT]) {
+                                                 float (&sum)[2 * NT]) {
   bool above = fresh_;
   float top[2 * NT];
 #pragma unroll
@@ -109,8 +109,8 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_rows() {
       const int slot = __shfl_sync(0xffffffffu, mine.slot, __ffs(static_cast<int>(ahead)) - 1);
       const StageCopy copy{&bars[issued % kRing], lane_};
       copy.begin(16 * 2 * D);
-      copy.copy(to, StageSizes<D>::kRowStride,
-                side_at(side, slot) + side.rows + unit * 16 * 2 * D, 2 * D, 2 * D, 16);
+      copy.copy(to, StageSizes<D>::kRowStride, side_at(side, slot) + side.rows + unit * 16 * 2 * D,
+                2 * D, 2 * D, 16);
       copy.end();
       ++issued;
       if (++unit == 4) {

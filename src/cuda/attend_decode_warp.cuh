@@ -12,11 +12,12 @@
 // 16 tokens is token r ^ (r >> 1 & 1): so V's four rows fall on different banks.
 //
 // Whole pages of BF16 rows go through a short loop of their own (attend_decode_walk.cuh), with one
-// running softmax reference; the rest - the open page, pages that a window cuts, other formats, rows that
-// differ - through walk_rest(), where each page has a reference of its own. Where both sides are NVFP4
-// planes, attend_planes takes the whole pages and calls this for the rest. O is FP32 and takes a page with one
-// factor a row, into which the page scale goes. A row that skips a page has factor 0 but still adds
-// mass * mean(V). V is fetched after the decision, one page behind K.
+// running softmax reference; the rest - the open page, pages that a window cuts, other formats,
+// rows that differ - through walk_rest(), where each page has a reference of its own. Where both
+// sides are NVFP4 planes, attend_planes takes the whole pages and calls this for the rest. O is
+// FP32 and takes a page with one factor a row, into which the page scale goes. A row that skips a
+// page has factor 0 but still adds mass * mean(V). V is fetched after the decision, one page behind
+// K.
 //
 // A page that rows promote is left out for these rows and noted; after the walk the warp reads the
 // noted pages again with base and residual, for these rows alone.
@@ -32,7 +33,7 @@
 
 namespace thriftattn::cuda {
 
-inline constexpr int kNotes = 4;   // items whose addresses are remembered: one behind, two ahead
+inline constexpr int kNotes = 4;  // items whose addresses are remembered: one behind, two ahead
 
 template <int D>
 struct StageSizes {
@@ -114,9 +115,9 @@ class DecodeWarp : ItemWalk<D, NT> {
   using Base = ItemWalk<D, NT>;
   using Base::a_, Base::v_, Base::b_, Base::tile_, Base::head_, Base::seq_, Base::lane_, Base::g_,
       Base::j_, Base::items_, Base::rules_;
-  using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::item_page, Base::residual_in_reach,
-      Base::always_full, Base::skippable, Base::side_at, Base::residual_at, Base::query_nvfp4,
-      Base::decision_at;
+  using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::item_page,
+      Base::residual_in_reach, Base::always_full, Base::skippable, Base::side_at, Base::residual_at,
+      Base::query_nvfp4, Base::decision_at;
   static constexpr int kRing = Shared::kRing;
   // The reference of an empty sum: finite, so that differences are.
   static constexpr float kEmpty = -1e30f;
@@ -124,8 +125,8 @@ class DecodeWarp : ItemWalk<D, NT> {
   struct Pending {
     uint32_t p[4][NT][2];  // half2 of rows 2j, 2j + 1 (and + 8) of 16 tokens for column g
     float m[2 * NT], l[2 * NT];
-    uint32_t out = 0;      // bit c: the column takes nothing from this item
-    uint32_t skip = 0;     // bit c: only mass * mean(V)
+    uint32_t out = 0;   // bit c: the column takes nothing from this item
+    uint32_t skip = 0;  // bit c: only mass * mean(V)
     float v_scale = 1, v_res_scale = 1;
     int note = 0;
     int units = 0, issued = 0;  // of V
@@ -200,9 +201,9 @@ class DecodeWarp : ItemWalk<D, NT> {
 
   Shared& s_;
   int perm_;
-  int others_ = 0;       // of these, not simple: each is looked at by itself
-  int again_ = 0;        // read again after them
-  bool fresh_ = true;    // no walk has weighed a page
+  int others_ = 0;     // of these, not simple: each is looked at by itself
+  int again_ = 0;      // read again after them
+  bool fresh_ = true;  // no walk has weighed a page
   // Lane i holds bits for the items 32 i ... of the walk.
   uint32_t simple_ = 0;  // whole and alike for all rows: the walks below
   uint32_t other_ = 0;   // the rest
@@ -219,7 +220,8 @@ class DecodeWarp : ItemWalk<D, NT> {
 // Tells simple items from others.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
-  const bool walks = a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16 && a_.softcap == 0;
+  const bool walks =
+      a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16 && a_.softcap == 0;
   for (int base = 0; base < items_; base += 32) {
     const int n = base + lane_;
     bool simple = false;
@@ -258,8 +260,8 @@ __device__ bool DecodeWarp<D, NT, Shared>::next_item() {
 
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::issue_rows(StageCopy copy, uint8_t* to,
-                                              const SideGeometry& side, const uint8_t* rows,
-                                              int unit, int held) {
+                                                      const SideGeometry& side, const uint8_t* rows,
+                                                      int unit, int held) {
   if (side.kind == SideKind::fp8) {
     // Whole 16 bytes; the slot goes on behind the last row.
     const int bytes = (min(32, held - 32 * unit) * (D + 4) + 15) / 16 * 16;
@@ -302,10 +304,9 @@ __device__ void DecodeWarp<D, NT, Shared>::issue_k() {
                             ? static_cast<int>(a_.limits.max_pages) + page - v_.open_from(0)
                             : page;
       copy.copy(reinterpret_cast<uint8_t*>(s_.record[k_item_ % 2]), 0,
-                reinterpret_cast<const uint8_t*>(page_record(
-                    a_, int64_t{seq_} * a_.g.kv_heads + head_, tile_, index)),
-                0,
-                kRecord, 1);
+                reinterpret_cast<const uint8_t*>(
+                    page_record(a_, int64_t{seq_} * a_.g.kv_heads + head_, tile_, index)),
+                0, kRecord, 1);
     }
     copy.end();
     ++k_issued_;

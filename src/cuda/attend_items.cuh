@@ -1,5 +1,6 @@
-// What the query rows of a tile see of a sequence's pages, item by item: an item is a page in its tier,
-// or an open page. Both attend kernels walk items of (sequence, KV head, tile of rows, split).
+// What the query rows of a tile see of a sequence's pages, item by item: an item is a page in its
+// tier, or an open page. Both attend kernels walk items of (sequence, KV head, tile of rows,
+// split).
 #pragma once
 
 #include "cuda/attend_args.cuh"
@@ -13,14 +14,14 @@ enum ItemKind : int32_t {
   kItemOpen = 2,    // the open form
   kItemAgain = 3,   // base and residual for the rows that promoted it
 };
-// With the kind in the low bits, the number of tokens that exist from bit 8 on, and the walk's index
-// from bit 16 on:
+// With the kind in the low bits, the number of tokens that exist from bit 8 on, and the walk's
+// index from bit 16 on:
 enum ItemFlags : int32_t {
   kItemKind = 3,
-  kItemWhole = 4,        // every row sees every token
-  kItemPromotable = 8,   // by mass
-  kItemSkippable = 16,   // by mass
-  kItemMixed = 32,       // rows differ in what they may do
+  kItemWhole = 4,       // every row sees every token
+  kItemPromotable = 8,  // by mass
+  kItemSkippable = 16,  // by mass
+  kItemMixed = 32,      // rows differ in what they may do
 };
 
 struct ItemNote {
@@ -43,9 +44,9 @@ struct TileRows {
   TileView view;
 };
 
-// Which items a walk has: every stride_'th, beginning with the newest. So the last pages, which take
-// longer, fall to different blocks, and to those that start first. The newest one takes the place of
-// open_items: its walk has none of the next open_items - 1.
+// Which items a walk has: every stride_'th, beginning with the newest. So the last pages, which
+// take longer, fall to different blocks, and to those that start first. The newest one takes the
+// place of open_items: its walk has none of the next open_items - 1.
 template <int D, int NT>
 class ItemWalk {
  public:
@@ -57,7 +58,8 @@ class ItemWalk {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
     g_ = lane_ / 4;
     j_ = lane_ % 4;
-    const int splits = max(1, static_cast<int>(splits_of(v_.items, a.split_rule)));  // no items: one split of none
+    const int splits =
+        max(1, static_cast<int>(splits_of(v_.items, a.split_rule)));  // no items: one split of none
     first_ = split + part * splits;
     stride_ = splits * parts;
     const int extra = a.split_rule.open_items - 1;

@@ -1,6 +1,6 @@
-// launch_attend(): steps of more than 16 positions by attend_prefill, where no rule of decode asks for
-// more; others in passes of at most 16 positions, each of which prepares, walks the pages and merges.
-// The number of launches depends on the plan and the mode alone.
+// launch_attend(): steps of more than 16 positions by attend_prefill, where no rule of decode asks
+// for more; others in passes of at most 16 positions, each of which prepares, walks the pages and
+// merges. The number of launches depends on the plan and the mode alone.
 #include <cmath>
 
 #include "cuda/attend_args.cuh"
@@ -27,7 +27,8 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.softcap = call.config.softcap * kLog2e;
   const int block = a.g.k.dim & -a.g.k.dim;
   a.hadamard_factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  a.log2_promote = a.g.promote < 1 ? std::log2(a.g.promote) : INFINITY;  // never, whatever the floor
+  a.log2_promote =
+      a.g.promote < 1 ? std::log2(a.g.promote) : INFINITY;  // never, whatever the floor
   a.log2_skip = a.g.skip > 0 ? std::log2(a.g.skip) : -INFINITY;
   a.positions = static_cast<int32_t>(plan.positions);
   return a;
@@ -81,11 +82,13 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
   AttendArgs a = make_attend_args(plan, call);
   // In decode mode a position reads its earlier pages sealed and by the mass rule.
   const bool two_terms = call.q_element == Element::f32;
-  const int stages = prefill_stages(a.g.k.dim, a.g.k.layered() || two_terms, plan.major, plan.minor);
+  const int stages =
+      prefill_stages(a.g.k.dim, a.g.k.layered() || two_terms, plan.major, plan.minor);
   if (plan.prefill_stages > 0 && stages > 0 && (a.prefill != 0 || !a.g.any_layered())) {
     a.positions = static_cast<int32_t>(plan.limits.step_tokens);
     a.tile_rows = kPrefillRows;
-    a.row_tiles = static_cast<int32_t>((plan.limits.step_tokens * a.g.group + kPrefillRows - 1) / kPrefillRows);
+    a.row_tiles = static_cast<int32_t>((plan.limits.step_tokens * a.g.group + kPrefillRows - 1) /
+                                       kPrefillRows);
     a.stages = stages;
     a.two_terms = two_terms;
     launch_prefill_facts(a, stream);
@@ -94,8 +97,7 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
   }
   for (int64_t first = 0; first < plan.limits.step_tokens; first += plan.positions) {
     a.first_q = first;
-    a.positions =
-        static_cast<int32_t>(std::min(plan.positions, plan.limits.step_tokens - first));
+    a.positions = static_cast<int32_t>(std::min(plan.positions, plan.limits.step_tokens - first));
     launch_prepare(a, stream);
     launch_walk(plan, a, stream);
     launch_merge(a, stream);

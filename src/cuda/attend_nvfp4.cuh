@@ -1,5 +1,5 @@
-// The two products over an NVFP4 plane, base or residual, by one warp (attend_decode_warp.cuh says how
-// tokens and dims lie in the fragments).
+// The two products over an NVFP4 plane, base or residual, by one warp (attend_decode_warp.cuh says
+// how tokens and dims lie in the fragments).
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -22,7 +22,8 @@ __device__ inline SliceAddress k_slice(const uint8_t* plane, int lane) {
 // s[n] += K'.q' of 16 tokens, K' without page scale, times 2^-7; query(n, step) is the fragment of
 // 8 query rows and 16 dims.
 template <int D, int NT, class Query>
-__device__ __forceinline__ void score_slice(const SliceAddress& from, const Query& query, float (&s)[NT][4]) {
+__device__ __forceinline__ void score_slice(const SliceAddress& from, const Query& query,
+                                            float (&s)[NT][4]) {
   constexpr int kWords = D / 32;
   uint32_t x[2][kWords], scale[2][D / 64];
 #pragma unroll
@@ -57,8 +58,8 @@ __device__ __forceinline__ void score_slice(const SliceAddress& from, const Quer
     const uint32_t s0 = scale[0][w / 2], s1 = scale[1][w / 2];
     const uint32_t even[4] = {hmul2(lo.even_low, s0), hmul2(hi.even_low, s1),
                               hmul2(lo.even_high, s0), hmul2(hi.even_high, s1)};
-    const uint32_t odd[4] = {hmul2(lo.odd_low, s0), hmul2(hi.odd_low, s1),
-                             hmul2(lo.odd_high, s0), hmul2(hi.odd_high, s1)};
+    const uint32_t odd[4] = {hmul2(lo.odd_low, s0), hmul2(hi.odd_low, s1), hmul2(lo.odd_high, s0),
+                             hmul2(hi.odd_high, s1)};
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const uint2 b0 = query(n, 2 * w), b1 = query(n, 2 * w + 1);
@@ -168,8 +169,10 @@ __device__ __forceinline__ void add_mean(const uint8_t* mean, int lane, const fl
 
 // The sums of a warp, [n][w][row parity][half][lane] of four dims each.
 template <int D, int NT>
-__device__ __forceinline__ float4* state_at(uint8_t* state, int n, int w, int parity, int half, int lane) {
-  return reinterpret_cast<float4*>(state) + (((n * (D / 64) + w) * 2 + parity) * 2 + half) * 32 + lane;
+__device__ __forceinline__ float4* state_at(uint8_t* state, int n, int w, int parity, int half,
+                                            int lane) {
+  return reinterpret_cast<float4*>(state) + (((n * (D / 64) + w) * 2 + parity) * 2 + half) * 32 +
+         lane;
 }
 template <int D, int NT>
 __device__ void store_state(uint8_t* state, int lane, const float (&o)[D / 16][NT][4]) {
@@ -191,7 +194,8 @@ __device__ void store_state(uint8_t* state, int lane, const float (&o)[D / 16][N
 }
 // o += mass * state.
 template <int D, int NT>
-__device__ void add_state(uint8_t* state, int lane, const float (&mass)[2 * NT], float (&o)[D / 16][NT][4]) {
+__device__ void add_state(uint8_t* state, int lane, const float (&mass)[2 * NT],
+                          float (&o)[D / 16][NT][4]) {
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // attend_planes: attention of a few query rows over pages whose K and V are both NVFP4 planes: the
-// kernels around what their warps do (attend_planes_solo.cuh, attend_planes_team.cuh). Fragments are as
-// in attend_decode_warp.cuh.
+// kernels around what their warps do (attend_planes_solo.cuh, attend_planes_team.cuh). Fragments
+// are as in attend_decode_warp.cuh.
 #pragma once
 
 #include "cuda/attend_planes_scores.cuh"
@@ -11,7 +11,8 @@ namespace thriftattn::cuda {
 
 // What the rows of a tile are, by one warp.
 template <int D, int NT>
-__device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int head, TileRows<NT>& rows) {
+__device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int head,
+                          TileRows<NT>& rows) {
   const int lane = threadIdx.x % 32;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
 #pragma unroll
@@ -19,8 +20,7 @@ __device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int h
     // Four lanes a row.
     const int r = 8 * n + lane / 4, row = v.first_row + r;
     const bool real = row < v.end_row;
-    const float floor =
-        row_floor<4>(a, seq_head, row, head * a.g.group + row % a.g.group, real);
+    const float floor = row_floor<4>(a, seq_head, row, head * a.g.group + row % a.g.group, real);
     if (lane % 4 != 0) continue;
     rows.floor[r] = real ? floor : INFINITY;
     rows.position[r] = real ? row / a.g.group : -1;
@@ -38,7 +38,8 @@ struct Units {
   __device__ explicit Units(const AttendArgs& a) : tiles(a.g.kv_heads * a.row_tiles) {
     // Splits of the longest sequence.
     int splits = 0;
-    for (int b = threadIdx.x % 32; b < a.limits.batch; b += 32) splits = max(splits, most_splits(a, b));
+    for (int b = threadIdx.x % 32; b < a.limits.batch; b += 32)
+      splits = max(splits, most_splits(a, b));
     per_split = static_cast<int32_t>(a.limits.batch) * tiles;
     count = __reduce_max_sync(~0u, splits) * per_split;
   }
@@ -53,7 +54,8 @@ struct Units {
   __device__ int tile(const AttendArgs& a, int unit) const { return unit % a.row_tiles; }
   // The first row of a unit's partial.
   __device__ int64_t partial(const AttendArgs& a, int unit) const {
-    return ((int64_t{seq(unit)} * a.g.kv_heads + head(a, unit)) * a.splits + split(unit)) * a.ws.rows +
+    return ((int64_t{seq(unit)} * a.g.kv_heads + head(a, unit)) * a.splits + split(unit)) *
+               a.ws.rows +
            tile(a, unit) * a.tile_rows;
   }
 };
@@ -74,7 +76,8 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
   const auto add_finished = [&] {
     WarpSums from[kSoloWarps];
 #pragma unroll
-    for (int w = 0; w < kSoloWarps; ++w) from[w] = {shared.warp[w].v[0], shared.warp[w].l, shared.warp[w].m};
+    for (int w = 0; w < kSoloWarps; ++w)
+      from[w] = {shared.warp[w].v[0], shared.warp[w].l, shared.warp[w].m};
     add_up<D, 1, kSoloWarps>(a, from, way, lane, units.partial(a, finished));
   };
   // Units are taken as blocks become free: which block adds a unit up makes no difference to it.
@@ -88,24 +91,28 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
     if (lane == 0) s.page.rows.view = v;
     __syncwarp();
     const ItemWalk<D, 1> walk(a, s.page.rows, head, tile, seq, units.split(unit), way, kSoloWarps);
-    SoloWarp<D>(walk, s, cursor).run(
-        &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, seq, head, s.page.rows); },
-        [&] {
-          uint2 q[D / 16 / kSoloWarps];
+    SoloWarp<D>(walk, s, cursor)
+        .run(
+            &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, seq, head, s.page.rows); },
+            [&] {
+              uint2 q[D / 16 / kSoloWarps];
 #pragma unroll
-          for (int i = 0; i < D / 16 / kSoloWarps; ++i) q[i] = walk.query_nvfp4()[(way + i * kSoloWarps) * 32];
-          __syncthreads();  // all warps have left their sums
+              for (int i = 0; i < D / 16 / kSoloWarps; ++i)
+                q[i] = walk.query_nvfp4()[(way + i * kSoloWarps) * 32];
+              __syncthreads();  // all warps have left their sums
 #pragma unroll
-          for (int i = 0; i < D / 16 / kSoloWarps; ++i) shared.query[way + i * kSoloWarps][lane] = q[i];
-          if (finished >= 0) add_finished();
-          if (threadIdx.x == 0) {
-            while (next < units.count && units.split(next) >= Units::most_splits(a, units.seq(next))) {
-              next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
-            }
-            shared.next = next;
-          }
-          __syncthreads();
-        });
+              for (int i = 0; i < D / 16 / kSoloWarps; ++i)
+                shared.query[way + i * kSoloWarps][lane] = q[i];
+              if (finished >= 0) add_finished();
+              if (threadIdx.x == 0) {
+                while (next < units.count &&
+                       units.split(next) >= Units::most_splits(a, units.seq(next))) {
+                  next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+                }
+                shared.next = next;
+              }
+              __syncthreads();
+            });
     finished = unit;
   }
   __syncthreads();
@@ -145,21 +152,24 @@ __global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
 struct PlanesShape {
   int threads, bytes, blocks;  // of an SM
 };
-inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& shape, const AttendArgs& a,
-                                 cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes), "attend_planes");
+inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& shape,
+                                 const AttendArgs& a, cudaStream_t stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes),
+        "attend_planes");
   const int64_t units = int64_t{a.splits} * a.limits.batch * a.g.kv_heads * a.row_tiles;
   const int64_t blocks = std::min<int64_t>(units, int64_t{a.multiprocessors} * shape.blocks);
-  launch_after_previous(kernel,
-                        {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(shape.threads)),
-                         static_cast<size_t>(shape.bytes)},
-                        a, stream, "attend_planes");
+  launch_after_previous(
+      kernel,
+      {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(shape.threads)),
+       static_cast<size_t>(shape.bytes)},
+      a, stream, "attend_planes");
 }
 template <int D, int NT>
 void launch_planes_team(const AttendArgs& a, cudaStream_t stream) {
-  launch_planes_kernel(attend_planes_team<D, NT>,
-                       {64 * kTeams, static_cast<int>(sizeof(TeamsShared<D, NT>)), TeamShape<D, NT>::kBlocks}, a,
-                       stream);
+  launch_planes_kernel(
+      attend_planes_team<D, NT>,
+      {64 * kTeams, static_cast<int>(sizeof(TeamsShared<D, NT>)), TeamShape<D, NT>::kBlocks}, a,
+      stream);
 }
 
 template <int D>

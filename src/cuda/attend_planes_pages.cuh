@@ -1,9 +1,9 @@
-// Scores of whole pages of NVFP4 planes, and what each deserves: what both forms of attend_planes share
-// (attend_planes_solo.cuh, attend_planes_team.cuh).
+// Scores of whole pages of NVFP4 planes, and what each deserves: what both forms of attend_planes
+// share (attend_planes_solo.cuh, attend_planes_team.cuh).
 //
-// P is FP16, relative to a reference m of the row: P = 2^(s - m + 8). m comes from the floor of the LSE, and
-// is raised where P would be beyond FP16: rarely. A page's sum is taken from P as rounded, by one more
-// product.
+// P is FP16, relative to a reference m of the row: P = 2^(s - m + 8). m comes from the floor of the
+// LSE, and is raised where P would be beyond FP16: rarely. A page's sum is taken from P as rounded,
+// by one more product.
 #pragma once
 
 #include "cuda/attend_decode.cuh"
@@ -13,7 +13,7 @@ namespace thriftattn::cuda {
 inline constexpr int kBatch = 16;  // items that are described at a time
 
 struct PageItem {
-  const uint8_t *k, *v;      // the base planes
+  const uint8_t *k, *v;  // the base planes
   int32_t residual, flags;
 };
 
@@ -21,12 +21,12 @@ struct PageItem {
 template <int NT>
 struct PageShared {
   TileRows<NT> rows;
-  alignas(8) float reference[8 * NT];     // m
-  float promote[8 * NT], skip[8 * NT];    // sums above which a page is promoted, or not skipped
-  float raised[8 * NT];                   // by how much m was raised and O does not know yet
+  alignas(8) float reference[8 * NT];   // m
+  float promote[8 * NT], skip[8 * NT];  // sums above which a page is promoted, or not skipped
+  float raised[8 * NT];                 // by how much m was raised and O does not know yet
   alignas(16) float record[kBatch][4 + 8 * NT];
   PageItem item[kBatch];
-  uint32_t noted_rows[kBatch];            // of an item: who promoted it
+  uint32_t noted_rows[kBatch];  // of an item: who promoted it
 };
 
 // Shared has `page`, a PageShared.
@@ -36,8 +36,8 @@ class PageScores : protected ItemWalk<D, NT> {
   using Base = ItemWalk<D, NT>;
   using Base::a_, Base::v_, Base::b_, Base::tile_, Base::head_, Base::seq_, Base::lane_, Base::g_,
       Base::j_, Base::items_, Base::rules_;
-  using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::side_at, Base::residual_at, Base::query_nvfp4,
-      Base::decision_at;
+  using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::side_at,
+      Base::residual_at, Base::query_nvfp4, Base::decision_at;
   // The reference of an empty sum: finite, so that differences are.
   static constexpr float kEmpty = -1e30f;
 
@@ -80,8 +80,8 @@ class PageScores : protected ItemWalk<D, NT> {
     b.pages = __ballot_sync(~0u, walks && how == (kItemSealed | kItemWhole)) | b.full;
     b.rest = __ballot_sync(~0u, exists) & ~b.pages;
     if (b.pages >> lane_ & 1) {
-      s_.page.item[lane_] = {side_at(a_.g.k, note.slot) + a_.g.k.codes, side_at(a_.g.v, note.slot) + a_.g.v.codes,
-                             note.residual, note.flags};
+      s_.page.item[lane_] = {side_at(a_.g.k, note.slot) + a_.g.k.codes,
+                             side_at(a_.g.v, note.slot) + a_.g.v.codes, note.residual, note.flags};
     }
     return b;
   }
@@ -97,7 +97,9 @@ class PageScores : protected ItemWalk<D, NT> {
   __device__ int page_of(const Batch& b, int bit) const {
     return v_.page_begin + item_of(b.first + bit);
   }
-  __device__ const uint8_t* residual_of(int bit) const { return residual_at(s_.page.item[bit].residual); }
+  __device__ const uint8_t* residual_of(int bit) const {
+    return residual_at(s_.page.item[bit].residual);
+  }
   // Bits of `rest` where DecodeWarp looks for them.
   __device__ void take_rest(const Batch& b, uint32_t& other) const {
     if (lane_ == b.first / 32) other |= b.rest << b.first % 32;
@@ -114,13 +116,14 @@ class PageScores : protected ItemWalk<D, NT> {
     }
     __syncwarp();
   }
-  // Raises the references of columns whose largest score x = s - m + 8 in this lane is far above 8, or
-  // which are new.
+  // Raises the references of columns whose largest score x = s - m + 8 in this lane is far above 8,
+  // or which are new.
   __device__ void raise(float (&top)[2 * NT]) {
 #pragma unroll
     for (int c = 0; c < 2 * NT; ++c) {
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2) top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], step));
+      for (int step = 4; step < 32; step *= 2)
+        top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], step));
       const float up = fresh_ ? top[c] - 8.0f : fmaxf(0.0f, top[c] - 8.0f);
       if (!fresh_) l_[c] *= exp2_approx(-up);
       if (g_ == 0) {
@@ -144,11 +147,11 @@ class PageScores : protected ItemWalk<D, NT> {
     return true;
   }
 
-  // P of a page to p (this lane's fragments), from its base plane and, if kFull, its residual plane;
-  // query(n, step): this lane's fragment of the queries; sum: of each column, times 2^8.
+  // P of a page to p (this lane's fragments), from its base plane and, if kFull, its residual
+  // plane; query(n, step): this lane's fragment of the queries; sum: of each column, times 2^8.
   template <bool kFull, class Query>
-  __device__ void weigh(const uint8_t* base, const uint8_t* residual, const Query& query, int bit, uint2* p,
-                        float (&sum)[2 * NT]) {
+  __device__ void weigh(const uint8_t* base, const uint8_t* residual, const Query& query, int bit,
+                        uint2* p, float (&sum)[2 * NT]) {
     const float* record = s_.page.record[bit];
     float k_scale = record[0], ratio = 1.0f;
     bool adds = kFull;
@@ -236,7 +239,8 @@ class PageScores : protected ItemWalk<D, NT> {
   // ---- decisions
 
   // Rows that promote a page, or skip its values, by what it holds of each; whole positions do.
-  __device__ void decide(int flags, const float (&sum)[2 * NT], uint32_t& promoted, uint32_t& skipped) const {
+  __device__ void decide(int flags, const float (&sum)[2 * NT], uint32_t& promoted,
+                         uint32_t& skipped) const {
     bool over_promote = false, over_skip = false;
     if (single_) {
 #pragma unroll
@@ -261,7 +265,8 @@ class PageScores : protected ItemWalk<D, NT> {
     keeping = __reduce_or_sync(~0u, keeping);
     const uint32_t mine = rows_of_position();
     if (flags & kItemPromotable) promoted = __ballot_sync(~0u, (promoting & mine) != 0) & real_;
-    if (flags & kItemSkippable) skipped = __ballot_sync(~0u, (keeping & mine) == 0) & real_ & ~promoted;
+    if (flags & kItemSkippable)
+      skipped = __ballot_sync(~0u, (keeping & mine) == 0) & real_ & ~promoted;
   }
   // The rows of the tile that are of the same position as row `lane`.
   __device__ uint32_t rows_of_position() const {
@@ -274,7 +279,8 @@ class PageScores : protected ItemWalk<D, NT> {
   __device__ void write_decisions(int page, Decision decision, uint32_t rows) const {
     if (a_.call.decisions == nullptr || lane_ >= 8 * NT || !(rows >> lane_ & 1)) return;
     const int row = v_.first_row + lane_;
-    if (row % a_.g.group == 0) *decision_at(row / a_.g.group, page) = static_cast<uint8_t>(decision);
+    if (row % a_.g.group == 0)
+      *decision_at(row / a_.g.group, page) = static_cast<uint8_t>(decision);
   }
   // P of rows that take no part becomes zero.
   __device__ void clear_weights(uint2* p, uint32_t rows) const {
@@ -293,7 +299,8 @@ class PageScores : protected ItemWalk<D, NT> {
   };
   // Decides what item `bit` of the batch deserves, notes who promotes it, and takes it into l: then
   // sum is each column's mass, relative to m.
-  __device__ Share settle(const Batch& b, int bit, bool full, bool again, uint2* p, float (&sum)[2 * NT]) {
+  __device__ Share settle(const Batch& b, int bit, bool full, bool again, uint2* p,
+                          float (&sum)[2 * NT]) {
     const int flags = s_.page.item[bit].flags;
     Share share{real_, 0};
     if (full) {
@@ -308,7 +315,8 @@ class PageScores : protected ItemWalk<D, NT> {
       }
     }
     if (a_.call.decisions != nullptr) {
-      write_decisions(page_of(b, bit), full ? Decision::full : Decision::base, share.rows & ~share.skipped);
+      write_decisions(page_of(b, bit), full ? Decision::full : Decision::base,
+                      share.rows & ~share.skipped);
       write_decisions(page_of(b, bit), Decision::skip, share.skipped);
     }
     if (share.rows != real_ || (share.skipped != 0 && !share.mean_only())) {
@@ -328,7 +336,8 @@ class PageScores : protected ItemWalk<D, NT> {
 
   // Merges sums that another walk left in head_l, head_m (a row each) into l and m: O is to be
   // multiplied with `own`, the other's with `other`.
-  __device__ void merge(const float* head_l, const float* head_m, float (&own)[2 * NT], float (&other)[2 * NT]) {
+  __device__ void merge(const float* head_l, const float* head_m, float (&own)[2 * NT],
+                        float (&other)[2 * NT]) {
     float tops[2 * NT];
 #pragma unroll
     for (int c = 0; c < 2 * NT; ++c) {
@@ -364,9 +373,11 @@ struct WarpSums {
   uint8_t* state;
   const float *l, *m;
 };
-// The sums of a block's warps become the unit's partial, in the order of warps; a part by each of them.
+// The sums of a block's warps become the unit's partial, in the order of warps; a part by each of
+// them.
 template <int D, int NT, int kWays>
-__device__ void add_up(const AttendArgs& a, const WarpSums (&from)[kWays], int way, int lane, int64_t first_row) {
+__device__ void add_up(const AttendArgs& a, const WarpSums (&from)[kWays], int way, int lane,
+                       int64_t first_row) {
   const int g = lane / 4, j = lane % 4;
   for (int part = way; part < NT * (D / 64) * 2; part += kWays) {
     const int parity = part % 2, w = part / 2 % (D / 64), n = part / 2 / (D / 64);
@@ -387,11 +398,12 @@ __device__ void add_up(const AttendArgs& a, const WarpSums (&from)[kWays], int w
         x[4 * half + 3] = fmaf(y.w, f, x[4 * half + 3]);
       }
     }
-    float4* to = reinterpret_cast<float4*>(workspace_at<float>(a, a.ws.partial_o) + (first_row + row) * D +
-                                           8 * (g * (D / 64) + w));
+    float4* to = reinterpret_cast<float4*>(workspace_at<float>(a, a.ws.partial_o) +
+                                           (first_row + row) * D + 8 * (g * (D / 64) + w));
     to[0] = make_float4(x[0], x[1], x[2], x[3]);
     to[1] = make_float4(x[4], x[5], x[6], x[7]);
-    if (w == 0 && g == 0) workspace_at<float2>(a, a.ws.partial_ml)[first_row + row] = make_float2(top, l);
+    if (w == 0 && g == 0)
+      workspace_at<float2>(a, a.ws.partial_ml)[first_row + row] = make_float2(top, l);
   }
 }
 

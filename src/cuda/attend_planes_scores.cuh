@@ -18,12 +18,14 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
   using Shared = TeamShared<D, NT>;
   using Walk = ItemWalk<D, NT>;
   using Pages = PageScores<D, NT, Shared>;
-  using typename Pages::Batch, typename Pages::Share;
-  using Pages::a_, Pages::s_, Pages::lane_, Pages::g_, Pages::j_, Pages::items_, Pages::l_, Pages::noted_;
+  using Pages::a_, Pages::s_, Pages::lane_, Pages::g_, Pages::j_, Pages::items_, Pages::l_,
+      Pages::noted_;
   using Pages::residual_of;
+  using typename Pages::Batch, typename Pages::Share;
 
  public:
-  __device__ ScoreWarp(const Walk& walk, Shared& shared, TeamCursor& cursor) : Pages(walk, shared), at_(cursor) {}
+  __device__ ScoreWarp(const Walk& walk, Shared& shared, TeamCursor& cursor)
+      : Pages(walk, shared), at_(cursor) {}
 
   // The unit; `row` is where its partial goes.
   __device__ void run(int64_t row) {
@@ -59,8 +61,8 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
     if (round > 0) barrier_wait(&s.empty[entry % Shape::kSlots], (round - 1) & 1);
   }
   // The slot is filled; V's bytes from `skipped` on go to the same place in it.
-  __device__ static void commit(Shared& s, TeamCursor& at, int lane, const uint8_t* from, int skipped,
-                                int bytes) {
+  __device__ static void commit(Shared& s, TeamCursor& at, int lane, const uint8_t* from,
+                                int skipped, int bytes) {
     const int slot = at.entry % Shape::kSlots;
     __syncwarp();
     const StageCopy copy{&s.full[slot], lane};
@@ -77,8 +79,10 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
     if (g_ == 0) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        *reinterpret_cast<float2*>(&head.mass[8 * n + 2 * j_]) = make_float2(mass[2 * n], mass[2 * n + 1]);
-        *reinterpret_cast<float2*>(&head.move[8 * n + 2 * j_]) = make_float2(move[2 * n], move[2 * n + 1]);
+        *reinterpret_cast<float2*>(&head.mass[8 * n + 2 * j_]) =
+            make_float2(mass[2 * n], mass[2 * n + 1]);
+        *reinterpret_cast<float2*>(&head.move[8 * n + 2 * j_]) =
+            make_float2(move[2 * n], move[2 * n + 1]);
       }
     }
     if (lane_ == 0) {
@@ -125,8 +129,7 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
     const auto fetch = [&] {
       while (ahead != 0 && at_.k_issued - at_.k_used < Shape::kPlaneStages) {
         const int bit = __ffs(static_cast<int>(ahead)) - 1;
-        const uint8_t* from = second ? residual_of(bit) + a_.g.k.res_codes
-                                     : s_.page.item[bit].k;
+        const uint8_t* from = second ? residual_of(bit) + a_.g.k.res_codes : s_.page.item[bit].k;
         const int stage = at_.k_issued % Shape::kPlaneStages;
         const StageCopy copy{&s_.plane_bar[stage], lane_};
         copy.begin(36 * D);
@@ -168,13 +171,15 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
 
   // By DecodeWarp, whose sums are left in the slot; a function of its own, so that it takes no
   // registers from the loops above.
-  __device__ static __noinline__ void walk_rest(Walk walk, Shared* s, uint32_t other, TeamCursor* at) {
+  __device__ static __noinline__ void walk_rest(Walk walk, Shared* s, uint32_t other,
+                                                TeamCursor* at) {
     DecodeWarp<D, NT, Shared> rest(walk, *s);
     rest.walk_others(other, at->rest_k, at->rest_v);
     const int slot = at->entry % Shape::kSlots;
     fence_stores_before_copies();
     __syncwarp();
-    rest.leave_state(s->v[Shape::kStateSlots == 1 ? slot : 0], s->head[slot].mass, s->head[slot].move);
+    rest.leave_state(s->v[Shape::kStateSlots == 1 ? slot : 0], s->head[slot].mass,
+                     s->head[slot].move);
     fence_stores_before_copies();
     __syncwarp();
   }

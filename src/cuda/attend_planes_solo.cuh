@@ -1,10 +1,10 @@
 // attend_planes for tiles of 8 query rows (decode): each warp does all of its pages.
 //
-// A page's values are added after the scores of the next one, so that K and V of one page each suffice
-// as buffers: V arrives while scores are computed, K while values are added. Four warps of a block
-// take turns in the items of a unit (a split of one sequence, KV head and tile of rows) and add their
-// sums up at its end; blocks stay and take unit after unit. Loops are rolled and P goes through shared
-// memory, because registers decide how many warps an SM holds.
+// A page's values are added after the scores of the next one, so that K and V of one page each
+// suffice as buffers: V arrives while scores are computed, K while values are added. Four warps of
+// a block take turns in the items of a unit (a split of one sequence, KV head and tile of rows) and
+// add their sums up at its end; blocks stay and take unit after unit. Loops are rolled and P goes
+// through shared memory, because registers decide how many warps an SM holds.
 #pragma once
 
 #include "cuda/attend_planes_pages.cuh"
@@ -12,7 +12,8 @@
 namespace thriftattn::cuda {
 
 inline constexpr int kSoloWarps = 4;
-// Blocks of an SM. Three have 168 registers a thread at head_dim 128: four, with 128, spill in the loop.
+// Blocks of an SM. Three have 168 registers a thread at head_dim 128: four, with 128, spill in the
+// loop.
 template <int D>
 inline constexpr int kSoloBlocks = D <= 128 ? 3 : 2;
 
@@ -33,7 +34,7 @@ template <int D>
 struct SolosShared {
   SoloShared<D> warp[kSoloWarps];
   uint2 query[D / 16][32];  // the unit's fragments
-  int32_t next;             // the unit after this one; -1: none
+  int32_t next;             // the unit after this one
 };
 static_assert(kSoloBlocks<128> * (sizeof(SolosShared<128>) + 1024) <= 233472);
 
@@ -47,19 +48,20 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
   using Shared = SoloShared<D>;
   using Walk = ItemWalk<D, 1>;
   using Pages = PageScores<D, 1, Shared>;
-  using typename Pages::Batch, typename Pages::Share;
   using Pages::a_, Pages::s_, Pages::lane_, Pages::g_, Pages::items_, Pages::l_, Pages::noted_;
   using Pages::residual_of, Pages::column_row;
+  using typename Pages::Batch, typename Pages::Share;
   static_assert(8 * D * 4 <= 38 * D);
 
  public:
-  __device__ SoloWarp(const Walk& walk, Shared& shared, SoloCursor& cursor) : Pages(walk, shared), at_(cursor) {
+  __device__ SoloWarp(const Walk& walk, Shared& shared, SoloCursor& cursor)
+      : Pages(walk, shared), at_(cursor) {
     clear(o_);
   }
 
-  // The unit; its sums are left in shared memory. fill() fills in the rows, meanwhile() is called when
-  // the first copies are on their way: nothing of the unit before is needed from then on, and q, this
-  // lane's fragments of the queries, are there after it.
+  // The unit; its sums are left in shared memory. fill() fills in the rows, meanwhile() is called
+  // when the first copies are on their way: nothing of the unit before is needed from then on, and
+  // q, this lane's fragments of the queries, are there after it.
   template <class Fill, class Meanwhile>
   __device__ void run(const uint2* q, const Fill& fill, const Meanwhile& meanwhile) {
     uint32_t other = 0;
@@ -119,15 +121,15 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
   }
 
   // The pages of a batch, the first one's K on its way; `again` with residuals, for the rows noted.
-  // Each round computes the scores of a page, adds the values that waited and fetches the next. For a
-  // page with residuals there are rounds without scores: K's residual takes V's place, and V's two
-  // planes come one after the other.
+  // Each round computes the scores of a page, adds the values that waited and fetches the next. For
+  // a page with residuals there are rounds without scores: K's residual takes V's place, and V's
+  // two planes come one after the other.
   __device__ void walk(const Batch& b, const uint2* q, bool again) {
     uint32_t left = b.pages;
     Waiting waiting = kNothing;
     const uint8_t* residual = nullptr;  // of V, to be fetched after the base
     float v_scale = 0, mass[2] = {};
-    int waits = 0;                      // the page that does
+    int waits = 0;  // the page that does
     while (left != 0 || waiting != kNothing) {
       const int bit = __ffs(static_cast<int>(left)) - 1;
       const bool full = left != 0 && (b.full >> bit & 1);
@@ -159,7 +161,8 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
         if (waiting != kMean) {
           const float factor[2] = {v_scale * 0.5f, v_scale * 0.5f};
           const uint2* weights = &s_.p[at_p_ ^ 1][0][0][lane_];
-          add_values<D, 1, 1>(s_.v[0], lane_, [&](int i, int) { return weights[i * 32]; }, factor, o_);
+          add_values<D, 1, 1>(
+              s_.v[0], lane_, [&](int i, int) { return weights[i * 32]; }, factor, o_);
         }
         __syncwarp();
         waiting = kNothing;
@@ -188,7 +191,8 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
 
   // What is not whole pages alike for all rows, by DecodeWarp, whose sums are left in V's place; a
   // function of its own, so that it takes no registers from the loops above.
-  __device__ static __noinline__ void walk_rest(Walk walk, Shared* s, uint32_t other, SoloCursor* at) {
+  __device__ static __noinline__ void walk_rest(Walk walk, Shared* s, uint32_t other,
+                                                SoloCursor* at) {
     DecodeWarp<D, 1, Shared> rest(walk, *s);
     rest.walk_others(other, at->k, at->v);
     fence_stores_before_copies();

@@ -1,9 +1,10 @@
 // attend_planes for tiles of 16 or 32 query rows: a team of two warps a page.
 //
-// The scores warp of a team reads K, weighs tokens, decides what each page deserves and passes P on; the
-// values warp reads V and holds the output, which needs all of its registers. They meet in a ring of
-// slots, each with P, what to do, and V of one plane, which the scores warp has fetched once it knows
-// that it is read: so a page's values wait for its decision without anybody waiting for them.
+// The scores warp of a team reads K, weighs tokens, decides what each page deserves and passes P
+// on; the values warp reads V and holds the output, which needs all of its registers. They meet in
+// a ring of slots, each with P, what to do, and V of one plane, which the scores warp has fetched
+// once it knows that it is read: so a page's values wait for its decision without anybody waiting
+// for them.
 //
 // A unit of work is a split of the items of one (sequence, KV head, tile of rows); the teams of a
 // block take turns in its items, and their sums become one partial. Blocks stay and take unit after
@@ -18,11 +19,11 @@ inline constexpr int kTeams = 4;  // of a block
 
 // What the values warp does with a slot, in this order.
 enum EntryWhat : int32_t {
-  kMoveFirst = 1,   // O *= move
-  kAddState = 2,    // O += mass * the state in the slot
-  kAddMean = 4,     // O += mass * mean(V)
-  kAddValues = 8,   // O += scale * V'.P
-  kEndUnit = 16,    // mass is l, move is m: O goes to the partial
+  kMoveFirst = 1,  // O *= move
+  kAddState = 2,   // O += mass * the state in the slot
+  kAddMean = 4,    // O += mass * mean(V)
+  kAddValues = 8,  // O += scale * V'.P
+  kEndUnit = 16,   // mass is l, move is m: O goes to the partial
   kStop = 32,
 };
 
@@ -68,10 +69,11 @@ struct TeamsShared {
   int32_t end_slot[kTeams];
 };
 static_assert(2 * (sizeof(TeamsShared<128, 2>) + 1024) <= 233472);
-static_assert(sizeof(TeamsShared<128, 4>) + 1024 <= 233472 && sizeof(TeamsShared<256, 2>) + 1024 <= 233472);
+static_assert(sizeof(TeamsShared<128, 4>) + 1024 <= 233472 &&
+              sizeof(TeamsShared<256, 2>) + 1024 <= 233472);
 
-// The team's barriers, by its scores warp. A slot is full when its scores warp says so and its copies
-// are there.
+// The team's barriers, by its scores warp. A slot is full when its scores warp says so and its
+// copies are there.
 template <int D, int NT>
 __device__ void init_team(TeamShared<D, NT>& s, int lane) {
   using Shape = TeamShape<D, NT>;

@@ -34,7 +34,8 @@ class ValueWarp {
 #pragma unroll
         for (int c = 0; c < 2 * NT; ++c) factor[c] = head.scale;
         const uint2* p = &s_.p[slot][0][0][lane_];
-        add_values<D, NT, 1>(s_.v[slot], lane_, [&](int i, int n) { return p[(i * NT + n) * 32]; }, factor, o_);
+        add_values<D, NT, 1>(
+            s_.v[slot], lane_, [&](int i, int n) { return p[(i * NT + n) * 32]; }, factor, o_);
       }
       release(slot);
     }
@@ -95,7 +96,8 @@ class ValueWarp {
     for (int t = 0; t < kTeams; ++t) {
       TeamShared<D, NT>& team = block_.team[t];
       const int slot = block_.end_slot[t];
-      from[t] = {team.v[Shape::kStateSlots == 1 ? slot : 0], team.head[slot].mass, team.head[slot].move};
+      from[t] = {team.v[Shape::kStateSlots == 1 ? slot : 0], team.head[slot].mass,
+                 team.head[slot].move};
     }
     add_up<D, NT, kTeams>(a_, from, team_, lane_, first_row);
   }

@@ -1,5 +1,5 @@
-// What attend_planes alone can get wrong: walks with whole pages and other items, rows of a tile that
-// decide differently, more units of work than blocks, and masses between the thresholds.
+// What attend_planes alone can get wrong: walks with whole pages and other items, rows of a tile
+// that decide differently, more units of work than blocks, and masses between the thresholds.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -52,7 +52,8 @@ TEST(CudaPlanes, PositionsThatDecideDifferently) {
     for (int64_t page = 0; page < c.max_pages(); ++page) {
       int64_t full = 0, skip = 0;
       for (int64_t i = 0; i < queries; ++i) {
-        const auto d = static_cast<cuda::Decision>(decisions[static_cast<size_t>(i * c.max_pages() + page)]);
+        const auto d =
+            static_cast<cuda::Decision>(decisions[static_cast<size_t>(i * c.max_pages() + page)]);
         full += d == cuda::Decision::full ? 1 : 0;
         skip += d == cuda::Decision::skip ? 1 : 0;
       }
@@ -90,7 +91,9 @@ TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
   EXPECT_EQ(promoted, 0);
   EXPECT_EQ(skipped, 0);
   const auto decisions = c.attend().decisions;
-  EXPECT_GT(std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::base)), 40);
+  EXPECT_GT(
+      std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::base)),
+      40);
 }
 
 }  // namespace

@@ -198,16 +198,7 @@ void launch_append(const AttendPlan::State& plan, const AppendCall& call, Stream
                   static_cast<unsigned>(plan.limits.batch));
   // A run that begins within kWarmup pages of the step's first walks from there.
   const bool repairs = g.k.layered() && g.center && pages > kWarmup + 1;
-  switch (g.k.dim) {
-    case 64:
-      return launch<64>(args, grid, repairs, stream);
-    case 128:
-      return launch<128>(args, grid, repairs, stream);
-    case 192:
-      return launch<192>(args, grid, repairs, stream);
-    default:
-      return launch<256>(args, grid, repairs, stream);
-  }
+  for_head_dim(g.k.dim, [&](auto dim) { launch<dim.value>(args, grid, repairs, stream); });
 }
 
 }  // namespace thriftattn::cuda

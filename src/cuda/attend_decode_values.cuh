@@ -25,15 +25,7 @@ __device__ void DecodeWarp<D, NT, Shared>::take_factors(const Pending& p, float 
     l_[c] = l_[c] * move[c] + lf[c];
     f[c] = p.skip >> c & 1 ? 0.0f : b * 0x1p-10f;
   }
-  if (!__any_sync(0xffffffffu, moved)) return;
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) o_[i][n][e] *= move[2 * n + (e & 1)];
-    }
-  }
+  if (__any_sync(0xffffffffu, moved)) scale_output<D, NT>(move, o_);
 }
 
 // 16 rows of V, of tokens 16 * slice on.

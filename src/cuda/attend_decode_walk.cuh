@@ -42,14 +42,7 @@ __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t 
         s[i][c / 2][(c & 1) + 2] -= up;
       }
     }
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o_[i][n][e] *= move[2 * n + (e & 1)];
-      }
-    }
+    scale_output<D, NT>(move, o_);
     fresh_ = false;
   }
 #pragma unroll

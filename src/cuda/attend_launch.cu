@@ -34,48 +34,11 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   return a;
 }
 
-void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
-  switch (a.g.k.dim) {
-    case 64:
-      return launch_decode<64>(a, n_tiles, stream);
-    case 128:
-      return launch_decode<128>(a, n_tiles, stream);
-    case 192:
-      return launch_decode<192>(a, n_tiles, stream);
-    default:
-      return launch_decode<256>(a, n_tiles, stream);
-  }
-}
-
-void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
-  switch (a.g.k.dim) {
-    case 64:
-      return launch_planes<64>(a, n_tiles, stream);
-    case 128:
-      return launch_planes<128>(a, n_tiles, stream);
-    case 192:
-      return launch_planes<192>(a, n_tiles, stream);
-    default:
-      return launch_planes<256>(a, n_tiles, stream);
-  }
-}
-
 void launch_walk(const AttendPlan::State& plan, const AttendArgs& a, cudaStream_t stream) {
-  if (plan.planes) return launch_planes(a, plan.n_tiles, stream);
-  launch_decode(a, plan.n_tiles, stream);
-}
-
-void launch_prefill(const AttendArgs& a, cudaStream_t stream) {
-  switch (a.g.k.dim) {
-    case 64:
-      return launch_prefill<64>(a, stream);
-    case 128:
-      return launch_prefill<128>(a, stream);
-    case 192:
-      return launch_prefill<192>(a, stream);
-    default:
-      return launch_prefill<256>(a, stream);
-  }
+  for_head_dim(a.g.k.dim, [&](auto dim) {
+    if (plan.planes) return launch_planes<dim.value>(a, plan.n_tiles, stream);
+    launch_decode<dim.value>(a, plan.n_tiles, stream);
+  });
 }
 
 void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream stream) {
@@ -92,7 +55,7 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
     a.stages = stages;
     a.two_terms = two_terms;
     launch_prefill_facts(a, stream);
-    launch_prefill(a, stream);
+    for_head_dim(a.g.k.dim, [&](auto dim) { launch_prefill<dim.value>(a, stream); });
     return;
   }
   for (int64_t first = 0; first < plan.limits.step_tokens; first += plan.positions) {

@@ -16,7 +16,6 @@ void launch_merge(const AttendArgs& a, cudaStream_t stream);
 // The kernel of the plan between the two.
 void launch_walk(const AttendPlan::State& plan, const AttendArgs& a, cudaStream_t stream);
 // attend_decode<dim, n_tiles>, instantiated in attend_decode_<dim>.cu.
-void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 template <int Dim>
 void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 // attend_planes<dim, n_tiles>, instantiated in attend_planes_<dim>.cu.
@@ -25,7 +24,6 @@ void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 
 // attend_prefill<dim>, instantiated in attend_prefill_<dim>.cu, and what it reads of each page.
 void launch_prefill_facts(const AttendArgs& a, cudaStream_t stream);
-void launch_prefill(const AttendArgs& a, cudaStream_t stream);
 template <int Dim>
 void launch_prefill(const AttendArgs& a, cudaStream_t stream);
 

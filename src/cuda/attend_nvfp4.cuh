@@ -174,8 +174,9 @@ __device__ __forceinline__ float4* state_at(uint8_t* state, int n, int w, int pa
   return reinterpret_cast<float4*>(state) + (((n * (D / 64) + w) * 2 + parity) * 2 + half) * 32 +
          lane;
 }
-template <int D, int NT>
-__device__ void store_state(uint8_t* state, int lane, const float (&o)[D / 16][NT][4]) {
+// Calls body(four dims of the state, row parity e, the tile n, o's first of two fragments i).
+template <int D, int NT, class Body>
+__device__ __forceinline__ void for_state(uint8_t* state, int lane, const Body& body) {
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -184,36 +185,29 @@ __device__ void store_state(uint8_t* state, int lane, const float (&o)[D / 16][N
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int i = 4 * w + 2 * half;
-          *state_at<D, NT>(state, n, w, e, half, lane) =
-              make_float4(o[i][n][e], o[i][n][e + 2], o[i + 1][n][e], o[i + 1][n][e + 2]);
+          body(*state_at<D, NT>(state, n, w, e, half, lane), e, n, 4 * w + 2 * half);
         }
       }
     }
   }
 }
+template <int D, int NT>
+__device__ void store_state(uint8_t* state, int lane, const float (&o)[D / 16][NT][4]) {
+  for_state<D, NT>(state, lane, [&](float4& x, int e, int n, int i) {
+    x = make_float4(o[i][n][e], o[i][n][e + 2], o[i + 1][n][e], o[i + 1][n][e + 2]);
+  });
+}
 // o += mass * state.
 template <int D, int NT>
 __device__ void add_state(uint8_t* state, int lane, const float (&mass)[2 * NT],
                           float (&o)[D / 16][NT][4]) {
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-#pragma unroll
-    for (int w = 0; w < D / 64; ++w) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float4 x = *state_at<D, NT>(state, n, w, e, half, lane);
-          const int i = 4 * w + 2 * half;
-          o[i][n][e] = fmaf(x.x, mass[2 * n + e], o[i][n][e]);
-          o[i][n][e + 2] = fmaf(x.y, mass[2 * n + e], o[i][n][e + 2]);
-          o[i + 1][n][e] = fmaf(x.z, mass[2 * n + e], o[i + 1][n][e]);
-          o[i + 1][n][e + 2] = fmaf(x.w, mass[2 * n + e], o[i + 1][n][e + 2]);
-        }
-      }
-    }
-  }
+  for_state<D, NT>(state, lane, [&](float4 x, int e, int n, int i) {
+    const float m = mass[2 * n + e];
+    o[i][n][e] = fmaf(x.x, m, o[i][n][e]);
+    o[i][n][e + 2] = fmaf(x.y, m, o[i][n][e + 2]);
+    o[i + 1][n][e] = fmaf(x.z, m, o[i + 1][n][e]);
+    o[i + 1][n][e + 2] = fmaf(x.w, m, o[i + 1][n][e + 2]);
+  });
 }
 template <int D, int NT>
 __device__ void scale_output(const float (&factor)[2 * NT], float (&o)[D / 16][NT][4]) {

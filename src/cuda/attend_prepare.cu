@@ -12,6 +12,7 @@
 #include "cuda/attend_launch.h"
 #include "cuda/attend_prepare_exact.cuh"
 #include "cuda/dependent_launch.cuh"
+#include "cuda/launch.h"
 
 namespace thriftattn::cuda {
 namespace {
@@ -265,16 +266,7 @@ void launch(const AttendArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void launch_prepare(const AttendArgs& a, cudaStream_t stream) {
-  switch (a.g.k.dim) {
-    case 64:
-      return launch<2>(a, stream);
-    case 128:
-      return launch<4>(a, stream);
-    case 192:
-      return launch<6>(a, stream);
-    default:
-      return launch<8>(a, stream);
-  }
+  for_head_dim(a.g.k.dim, [&](auto dim) { launch<dim.value / 32>(a, stream); });
 }
 
 }  // namespace thriftattn::cuda

@@ -160,15 +160,7 @@ TEST(CudaAttend, RunsAreBitwiseEqual) {
   SKIP_WITHOUT_DEVICE();
   CaseOptions o = options(layered_policy(0.03, 0.003), 5000);
   DeviceCase c({o, o, o});
-  const auto first = c.attend();
-  for (int run = 1; run < 20; ++run) {
-    const auto again = c.attend();
-    ASSERT_EQ(std::memcmp(first.out.data(), again.out.data(), first.out.size() * 4), 0) << run;
-    ASSERT_EQ(std::memcmp(first.lse.data(), again.lse.data(), first.lse.size() * 4), 0) << run;
-  }
-  // And do not depend on the batch: equal sequences, equal bits.
-  const size_t row = first.out.size() / 3;
-  EXPECT_EQ(std::memcmp(&first.out[0], &first.out[2 * row], row * 4), 0);
+  c.check_repeats();
 }
 
 TEST(CudaAttend, SlotsBeyond2To31Bytes) {

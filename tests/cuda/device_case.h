@@ -70,6 +70,8 @@ class DeviceCase {
   };
   Truth truth(const Result& result) const;
   void check(const std::string& what, double bound);
+  // 20 runs give the same bits, and equal sequences of the batch too: all cases must be equal.
+  void check_repeats();
   // Decisions against the rule: what they follow from, and the guarantee.
   void check_rule(const std::string& what, int64_t* promoted, int64_t* skipped);
 
@@ -424,6 +426,17 @@ inline void DeviceCase::check(const std::string& what, double bound) {
     if (!(difference <= worst_floor)) worst_floor = difference;
   }
   EXPECT_LT(worst_floor, 2e-4) << what << ": the floor of the LSE";
+}
+
+inline void DeviceCase::check_repeats() {
+  const Result first = attend();
+  for (int run = 1; run < 20; ++run) {
+    const Result again = attend();
+    ASSERT_EQ(std::memcmp(first.out.data(), again.out.data(), first.out.size() * 4), 0) << run;
+    ASSERT_EQ(std::memcmp(first.lse.data(), again.lse.data(), first.lse.size() * 4), 0) << run;
+  }
+  const size_t last = cases_.size() - 1, row = first.out.size() / cases_.size();
+  EXPECT_EQ(std::memcmp(&first.out[0], &first.out[last * row], row * 4), 0);
 }
 
 inline void DeviceCase::check_rule(const std::string& what, int64_t* promoted, int64_t* skipped) {

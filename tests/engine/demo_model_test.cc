@@ -2,12 +2,11 @@
 // weights of the same file (models/demo/goldens.json).
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "engine/sampler.h"
+#include "engine/differences.h"
 #include "engine/session.h"
 
 namespace thriftattn {
@@ -27,33 +26,9 @@ class DemoModel : public ::testing::Test {
     if (model == nullptr) GTEST_SKIP() << kFolder << "goldens.json is not there";
   }
 
-  // 64 greedy tokens equal to the goldens, but where the two best logits nearly tie; the
-  // logits after the prompt within `tolerance`.
   static void compare(const char* policy, const char* golden, double tolerance) {
-    for (const json& prompt : goldens.at("prompts")) {
-      const json& want = prompt.at(golden);
-      const std::string name = prompt.at("name");
-      Session session(model, parse_policy(policy));
-      session.prefill(prompt.at("prompt_ids").get<std::vector<int32_t>>());
-      const std::vector<double> first = want.at("prompt_logits_first_256");
-      double worst = 0.0;
-      for (size_t i = 0; i < first.size(); ++i) {
-        worst = std::max(worst, std::fabs(session.next_logits()[i] - first[i]));
-      }
-      EXPECT_LT(worst, tolerance) << name;
-
-      const std::vector<int32_t> ids = want.at("greedy_ids");
-      const json& top = want.at("top2_logits");
-      for (size_t i = 0; i < ids.size(); ++i) {
-        const int32_t got = argmax(session.next_logits());
-        const double margin = top[i][0].get<double>() - top[i][1].get<double>();
-        if (got != ids[i]) {
-          EXPECT_LT(margin, 0.02) << name << ": token " << i;
-          break;  // the continuations differ from here on
-        }
-        session.decode(got);
-      }
-    }
+    compare_goldens(goldens, golden, tolerance,
+                    [&] { return Session(model, parse_policy(policy)); });
   }
 
   static inline json goldens;

@@ -9,8 +9,8 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "engine/differences.h"
 #include "engine/eval.h"
-#include "engine/sampler.h"
 #include "engine/session.h"
 #include "engine/tiny_model.h"
 #include "thriftattn/cuda.h"
@@ -51,15 +51,6 @@ double rms_difference(const std::vector<float>& a, const std::vector<float>& b) 
     sum += d * d;
   }
   return std::sqrt(sum / static_cast<double>(a.size()));
-}
-
-double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
-  double worst = a.size() == b.size() ? 0.0 : 1e30;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const double d = std::fabs(static_cast<double>(a[i]) - b[i]);
-    worst = d <= worst ? worst : d;  // NaN counts as worst
-  }
-  return worst;
 }
 
 // Feeds tokens in steps and returns the logits of all, [tokens][vocab].
@@ -321,32 +312,9 @@ class DeviceDemo : public DeviceTest {
     model_ = Model::load(folder_ + "thrift-demo.gguf", {.compute = ComputeType::stored});
   }
 
-  // As DemoModel of demo_model_test.cc.
   void compare(const char* policy, const char* golden, double tolerance) {
     const Pair pair(model_);
-    for (const nlohmann::json& prompt : goldens_.at("prompts")) {
-      const nlohmann::json& want = prompt.at(golden);
-      const std::string name = prompt.at("name");
-      Session session = pair.on_device(policy);
-      session.prefill(prompt.at("prompt_ids").get<std::vector<int32_t>>());
-      const std::vector<double> first = want.at("prompt_logits_first_256");
-      double worst = 0.0;
-      for (size_t i = 0; i < first.size(); ++i) {
-        worst = std::max(worst, std::fabs(session.next_logits()[i] - first[i]));
-      }
-      EXPECT_LT(worst, tolerance) << name;
-      const std::vector<int32_t> ids = want.at("greedy_ids");
-      const nlohmann::json& top = want.at("top2_logits");
-      for (size_t i = 0; i < ids.size(); ++i) {
-        const int32_t got = argmax(session.next_logits());
-        if (got != ids[i]) {
-          EXPECT_LT(top[i][0].get<double>() - top[i][1].get<double>(), 0.02)
-              << name << ": token " << i;
-          break;
-        }
-        session.decode(got);
-      }
-    }
+    compare_goldens(goldens_, golden, tolerance, [&] { return pair.on_device(policy); });
   }
 
   std::string folder_;

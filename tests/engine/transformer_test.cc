@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/differences.h"
 #include "engine/gguf.h"
 #include "engine/tiny_model.h"
 #include "thriftattn/error.h"
@@ -53,15 +54,6 @@ std::vector<float> run(const Model& model, const std::vector<int32_t>& tokens, i
     logits(model, hidden.data() + at * width, std::min(step, n - at), out.data() + at * vocab);
   }
   return out;
-}
-
-double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
-  double worst = a.size() == b.size() ? 0.0 : 1e30;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const double d = std::fabs(static_cast<double>(a[i]) - b[i]);
-    worst = d <= worst ? worst : d;  // NaN counts as worst
-  }
-  return worst;
 }
 
 std::vector<float> flat(const std::vector<test::Row>& rows) {

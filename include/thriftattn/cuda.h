@@ -118,6 +118,9 @@ struct AttendLimits {
   int64_t max_pages = 0;    // row length of block_table; 64 tokens each
   int64_t step_tokens = 1;  // most tokens of one sequence's step
   int64_t open_pages = 2;   // row length of open_table; >= pages that a step touches
+  // How a sequence's pages are shared among blocks depends on the whole batch, so that all are busy;
+  // with true on its own length alone, and results are bitwise those of the sequence by itself.
+  bool batch_invariant = false;
 };
 
 // Launch shapes and workspace for one layer's shape and policy. Immutable; copies are cheap.

@@ -20,6 +20,8 @@ struct AttendArgs {
   int32_t tile_rows = 8, row_tiles = 1, splits = 1;
   SplitRule split_rule;
   int32_t multiprocessors = 1;
+  int32_t slots = 0;            // of attend_planes: its blocks at a time; 0: attend_decode
+  int32_t batch_invariant = 0;  // of attend_planes
   int32_t prefill = 0, causal = 1;
   // Of attend_prefill: stages of its ring, and whether FP16 may not hold all digits of q'.
   int32_t stages = 0, two_terms = 0;
@@ -27,6 +29,11 @@ struct AttendArgs {
   float hadamard_factor = 1;
   float log2_promote = 0, log2_skip = 0;  // of the thresholds
 };
+
+// The first row of partial `index` of a (sequence, KV head).
+__device__ inline int64_t partial_row(const AttendArgs& a, int64_t seq_head, int index) {
+  return (seq_head * a.splits + index) * a.ws.rows;
+}
 
 template <class T>
 __device__ T* workspace_at(const AttendArgs& a, int64_t offset) {

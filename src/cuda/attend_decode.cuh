@@ -91,9 +91,11 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   const int warp = threadIdx.x / 32;
   wait_for_previous_kernel();
   let_next_kernel_start();
+  int splits;
   {
     const TileView v = tile_view(a, seq, tile);
-    if (split >= splits_of(v.items, a.split_rule)) return;
+    splits = static_cast<int>(splits_of(v.items, a.split_rule));
+    if (split >= splits) return;
     if (threadIdx.x == 0) shared.rows.view = v;
     for (int r = threadIdx.x; r < 8 * NT; r += 32 * kWarps) {
       const int row = v.first_row + r;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   __syncthreads();
   using Warp = DecodeWarp<D, NT, WarpShared<D, NT>>;
   Warp::init(shared.warps[warp], threadIdx.x % 32);
-  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, split, warp, kWarps),
+  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, {split, splits, warp, kWarps}),
               shared.warps[warp]);
   decode.run();
 
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   __syncthreads();  // no warp's ring is in use any more
   decode.leave(states + warp * kState);
   __syncthreads();
-  const int64_t first = (seq_head * a.splits + split) * a.ws.rows + shared.rows.view.first_row;
+  const int64_t first = partial_row(a, seq_head, split) + shared.rows.view.first_row;
   float* out = workspace_at<float>(a, a.ws.partial_o) + first * D;
   float2* ml = workspace_at<float2>(a, a.ws.partial_ml) + first;
   for (int i = threadIdx.x; i < kRows * D; i += 32 * kWarps) {

@@ -3,7 +3,7 @@
 // split).
 #pragma once
 
-#include "cuda/attend_args.cuh"
+#include "cuda/attend_units.cuh"
 
 namespace thriftattn::cuda {
 
@@ -44,29 +44,30 @@ struct TileRows {
   TileView view;
 };
 
+// Which walk of a tile: `part` of `parts` that share a split.
+struct WalkPart {
+  int split, splits, part, parts;
+};
+
 // Which items a walk has: every stride_'th, beginning with the newest. So the last pages, which
-// take longer, fall to different blocks, and to those that start first. The newest one takes the
-// place of open_items: its walk has none of the next open_items - 1.
+// take longer, fall to different walks. The newest one takes the place of open_items: its walk has
+// none of the next open_items - 1; those after it that are read with their residual of two.
 template <int D, int NT>
 class ItemWalk {
  public:
-  // `part` of `parts` walks that share a split.
   __device__ ItemWalk(const AttendArgs& a, const TileRows<NT>& rows, int head, int tile, int seq,
-                      int split, int part, int parts)
+                      const WalkPart& p)
       : a_(a), v_(rows.view), b_(rows), tile_(tile), head_(head), seq_(seq) {
     // Read so that it stays in a register instead of being read again in every loop.
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
     g_ = lane_ / 4;
     j_ = lane_ % 4;
-    const int splits =
-        max(1, static_cast<int>(splits_of(v_.items, a.split_rule)));  // no items: one split of none
-    first_ = split + part * splits;
-    stride_ = splits * parts;
-    const int extra = a.split_rule.open_items - 1;
+    const int splits = max(1, p.splits);  // no items: one split of none
+    first_ = p.split + p.part * splits;
+    stride_ = splits * p.parts;
+    heavy_ = min(heavy_items(a), stride_ - 1);
+    const int extra = a.split_rule.open_items - 1 + heavy_;
     items_ = max(0, (v_.items + extra - first_ + stride_ - 1) / stride_);
-    if (items_ <= extra) {
-      for (items_ = 0; items_ <= extra && first_ + items_ * (stride_ - 1) < v_.items;) ++items_;
-    }
     rules_ = !v_.prefill && a.g.any_layered() && (a.g.promote < 1.0f || a.g.skip > 0.0f);
   }
 
@@ -82,10 +83,12 @@ class ItemWalk {
   __device__ int column_row(int c) const { return c / 2 * 8 + 2 * j_ + (c & 1); }
   // Whether the walk's n-th place holds an item, and which.
   __device__ bool exists(int n) const {
-    return n < items_ && (first_ != 0 || n == 0 || n >= a_.split_rule.open_items);
+    if (n >= items_ || item_of(n) < 0 || n == 0) return n == 0 && n < items_;
+    return first_ == 0 ? n >= a_.split_rule.open_items : n > 1 || first_ > heavy_;
   }
   __device__ int item_of(int n) const {
-    return v_.items - 1 - (first_ + n * stride_ - min(n, a_.split_rule.open_items - 1));
+    return v_.items - 1 -
+           (first_ + n * stride_ - min(n, a_.split_rule.open_items - 1) - (n > 0 ? heavy_ : 0));
   }
   __device__ bool item_sealed(int item) const { return item < v_.sealed_items; }
   __device__ int item_page(int item) const {
@@ -128,7 +131,8 @@ class ItemWalk {
   int tile_, head_, seq_;
   int lane_, g_, j_;
   int first_ = 0, stride_ = 1;
-  int items_ = 0;  // places of the walk
+  int heavy_ = 0;  // walks after that with first_ = 0 whose first item takes two places
+  int items_ = 0;  // of the walk
   bool rules_ = false;
 };
 

@@ -21,6 +21,8 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.splits = static_cast<int32_t>(plan.splits);
   a.split_rule = plan.split_rule;
   a.multiprocessors = plan.multiprocessors;
+  a.slots = plan.slots;
+  a.batch_invariant = plan.limits.batch_invariant;
   a.prefill = call.config.mode == AttendMode::prefill;
   a.causal = call.config.causal;
   a.softmax_scale = call.config.softmax_scale;

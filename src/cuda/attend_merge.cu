@@ -3,8 +3,8 @@
 #include <cuda_fp16.h>
 
 #include "base/float_convert.h"
-#include "cuda/attend_args.cuh"
 #include "cuda/attend_launch.h"
+#include "cuda/attend_units.cuh"
 #include "cuda/dependent_launch.cuh"
 #include "cuda/mma.cuh"
 
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(64 * kMergeGroups)
   const TileView v = tile_view(a, seq, row / a.tile_rows);
   if (row >= v.rows) return;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
-  const int splits = static_cast<int>(splits_of(v.items, a.split_rule));
-  const int64_t first = seq_head * a.splits * a.ws.rows + row;
+  const int splits = splits_of_sequence(a, seq, v.items);
+  const int64_t first = partial_row(a, seq_head, 0) + row;
   const float2* ml = workspace_at<const float2>(a, a.ws.partial_ml) + first;
   const float* o = workspace_at<const float>(a, a.ws.partial_o) + first * dim;
   const int group = threadIdx.x / quads, quad = threadIdx.x % quads;

@@ -30,35 +30,10 @@ __device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int h
   __syncwarp();
 }
 
-// The units of a launch: splits of tiles of rows, those with the newest pages first.
-struct Units {
-  int32_t tiles, per_split, count;
-
-  // By a whole warp.
-  __device__ explicit Units(const AttendArgs& a) : tiles(a.g.kv_heads * a.row_tiles) {
-    // Splits of the longest sequence.
-    int splits = 0;
-    for (int b = threadIdx.x % 32; b < a.limits.batch; b += 32)
-      splits = max(splits, most_splits(a, b));
-    per_split = static_cast<int32_t>(a.limits.batch) * tiles;
-    count = __reduce_max_sync(~0u, splits) * per_split;
-  }
-  // One page may be there in two forms.
-  __device__ static int most_splits(const AttendArgs& a, int seq) {
-    const int64_t pages = (int64_t{a.call.tables.lengths[seq]} + kPage - 1) / kPage + 1;
-    return static_cast<int>(splits_of(pages, a.split_rule));
-  }
-  __device__ int split(int unit) const { return unit / per_split; }
-  __device__ int seq(int unit) const { return unit % per_split / tiles; }
-  __device__ int head(const AttendArgs& a, int unit) const { return unit % tiles / a.row_tiles; }
-  __device__ int tile(const AttendArgs& a, int unit) const { return unit % a.row_tiles; }
-  // The first row of a unit's partial.
-  __device__ int64_t partial(const AttendArgs& a, int unit) const {
-    return ((int64_t{seq(unit)} * a.g.kv_heads + head(a, unit)) * a.splits + split(unit)) *
-               a.ws.rows +
-           tile(a, unit) * a.tile_rows;
-  }
-};
+// The first row of a unit's partial.
+__device__ inline int64_t unit_row(const AttendArgs& a, const Unit& u) {
+  return partial_row(a, int64_t{u.seq} * a.g.kv_heads + u.head, u.split) + u.tile * a.tile_rows;
+}
 
 template <int D>
 __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
@@ -72,28 +47,29 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
   let_next_kernel_start();
   const Units units(a);
   SoloCursor cursor;
-  int finished = -1;  // the unit whose sums lie in shared memory
+  bool finished = false;  // sums of a unit lie in shared memory
   const auto add_finished = [&] {
     WarpSums from[kSoloWarps];
 #pragma unroll
     for (int w = 0; w < kSoloWarps; ++w)
       from[w] = {shared.warp[w].v[0], shared.warp[w].l, shared.warp[w].m};
-    add_up<D, 1, kSoloWarps>(a, from, way, lane, units.partial(a, finished));
+    add_up<D, 1, kSoloWarps>(a, from, way, lane, s.partial);
   };
   // Units are taken as blocks become free: which block adds a unit up makes no difference to it.
   int32_t* counter = workspace_at<int32_t>(a, a.ws.next_unit);
-  for (int unit = blockIdx.x; unit >= 0 && unit < units.count; unit = shared.next) {
+  for (int unit = blockIdx.x; unit < units.count(); unit = shared.next) {
     int next = 0;
     if (threadIdx.x == 0) next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
-    const int seq = units.seq(unit), head = units.head(a, unit), tile = units.tile(a, unit);
-    const TileView v = tile_view(a, seq, tile);
+    const Unit u = units.at(unit);
+    const TileView v = tile_view(a, u.seq, u.tile);
     __syncwarp();  // the unit before is not read any more
     if (lane == 0) s.page.rows.view = v;
     __syncwarp();
-    const ItemWalk<D, 1> walk(a, s.page.rows, head, tile, seq, units.split(unit), way, kSoloWarps);
+    const ItemWalk<D, 1> walk(a, s.page.rows, u.head, u.tile, u.seq,
+                              {u.split, u.splits, way, kSoloWarps});
     SoloWarp<D>(walk, s, cursor)
         .run(
-            &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, seq, head, s.page.rows); },
+            &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, u.seq, u.head, s.page.rows); },
             [&] {
               uint2 q[D / 16 / kSoloWarps];
 #pragma unroll
@@ -103,20 +79,16 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
 #pragma unroll
               for (int i = 0; i < D / 16 / kSoloWarps; ++i)
                 shared.query[way + i * kSoloWarps][lane] = q[i];
-              if (finished >= 0) add_finished();
-              if (threadIdx.x == 0) {
-                while (next < units.count &&
-                       units.split(next) >= Units::most_splits(a, units.seq(next))) {
-                  next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
-                }
-                shared.next = next;
-              }
+              if (finished) add_finished();
+              __syncwarp();
+              if (lane == 0) s.partial = unit_row(a, u);
+              if (threadIdx.x == 0) shared.next = next;
               __syncthreads();
             });
-    finished = unit;
+    finished = true;
   }
   __syncthreads();
-  if (finished >= 0) add_finished();
+  if (finished) add_finished();
 }
 
 template <int D, int NT>
@@ -136,15 +108,15 @@ __global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
   }
   const Units units(a);
   TeamCursor cursor;
-  for (int unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
-    const int seq = units.seq(unit), head = units.head(a, unit), tile = units.tile(a, unit);
-    const TileView v = tile_view(a, seq, tile);
-    if (units.split(unit) >= splits_of(v.items, a.split_rule)) continue;
+  for (int unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
+    const Unit u = units.at(unit);
+    const TileView v = tile_view(a, u.seq, u.tile);
     __syncwarp();  // the unit before is not read any more
     if (lane == 0) s.page.rows.view = v;
-    fill_rows<D, NT>(a, v, seq, head, s.page.rows);
-    const ItemWalk<D, NT> walk(a, s.page.rows, head, tile, seq, units.split(unit), team, kTeams);
-    ScoreWarp<D, NT>(walk, s, cursor).run(units.partial(a, unit));
+    fill_rows<D, NT>(a, v, u.seq, u.head, s.page.rows);
+    const ItemWalk<D, NT> walk(a, s.page.rows, u.head, u.tile, u.seq,
+                               {u.split, u.splits, team, kTeams});
+    ScoreWarp<D, NT>(walk, s, cursor).run(unit_row(a, u));
   }
   ScoreWarp<D, NT>::stop(s, cursor, lane);
 }
@@ -157,7 +129,7 @@ inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& 
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes),
         "attend_planes");
   const int64_t units = int64_t{a.splits} * a.limits.batch * a.g.kv_heads * a.row_tiles;
-  const int64_t blocks = std::min<int64_t>(units, int64_t{a.multiprocessors} * shape.blocks);
+  const int64_t blocks = std::min<int64_t>(units, a.slots);
   launch_after_previous(
       kernel,
       {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(shape.threads)),

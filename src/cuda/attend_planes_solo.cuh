@@ -12,10 +12,8 @@
 namespace thriftattn::cuda {
 
 inline constexpr int kSoloWarps = 4;
-// Blocks of an SM. Three have 168 registers a thread at head_dim 128: four, with 128, spill in the
-// loop.
 template <int D>
-inline constexpr int kSoloBlocks = D <= 128 ? 3 : 2;
+inline constexpr int kSoloBlocks = planes_blocks(D, 1);
 
 template <int D>
 struct SoloShared {
@@ -25,6 +23,7 @@ struct SoloShared {
   alignas(16) uint2 p[2][4][1][32];
   PageShared<1> page;
   float l[8], m[8];
+  int64_t partial;  // the first row of where the sums go
   // DecodeWarp uses k and v as its own rings.
   alignas(16) float record[2][12];
   alignas(16) ItemNote notes[kNotes];

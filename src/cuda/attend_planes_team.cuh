@@ -42,7 +42,7 @@ struct TeamShape {
   static constexpr int kSlots = NT <= 2 ? 2 : 4;
   // The sums of a warp, in the places of V.
   static constexpr int kStateSlots = (8 * NT * D * 4 + 38 * D - 1) / (38 * D);
-  static constexpr int kBlocks = D <= 128 && NT <= 2 ? 2 : 1;  // of an SM
+  static constexpr int kBlocks = planes_blocks(D, NT);  // of an SM
   static_assert(kStateSlots == 1 || kStateSlots == kSlots);
 };
 

@@ -1,16 +1,19 @@
 // attend_prepare: before the pages' codes are read. One launch that
 // - transforms the queries and lays them out as the mma fragments of attend_decode.cuh,
-// - computes q'.mean of every page and row (so that the kernels behind it read no K mean), and
+// - computes q'.mean of every page and row (so that the kernels behind it read no K mean),
 // - gives a floor of each row's LSE (DESIGN section 6): Jensen over the pages' summaries, exact for
-//   the first and the own page. With a softcap, which is not convex, only what is exact counts.
+//   the first and the own page. With a softcap, which is not convex, only what is exact counts, and
+// - decides how attend_planes shares the pages (attend_units.cuh).
 // A block has up to 64 rows of one (sequence, KV head). blockIdx.z = 0 takes the exact pages and
-// writes the fragments; the others take turns at chunks of pages, each warp 16 pages at a time.
+// writes the fragments, 1 shares the pages; the others take turns at chunks of pages, each warp 16
+// pages at a time.
 // What a chunk is depends on the sequence alone, and so does the order of its sums.
 #include <algorithm>
 #include <cstddef>
 
 #include "cuda/attend_launch.h"
 #include "cuda/attend_prepare_exact.cuh"
+#include "cuda/attend_units.cuh"
 #include "cuda/dependent_launch.cuh"
 #include "cuda/launch.h"
 
@@ -164,8 +167,10 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));
   const bool exact = blockIdx.z == 0;
-  if (exact && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    *workspace_at<int32_t>(a, a.ws.next_unit) = 0;
+  if (blockIdx.z == 1) {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && warp == 0 && a.slots > 0) write_unit_starts(a);
+    if (threadIdx.x == 0) *workspace_at<int32_t>(a, a.ws.next_unit) = 0;
+    return;
   }
   // Rows that only fill a tile up get zeros.
   const int last_tile = (v.rows + a.tile_rows - 1) / a.tile_rows * a.tile_rows;
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
 
   constexpr int kUnit = 16 * Warps;
   const PageList list(a, v, kUnit);
-  int chunk = static_cast<int>(blockIdx.z) - 1;
+  int chunk = static_cast<int>(blockIdx.z) - 2;
   if (!exact && chunk >= list.chunks) return;
   PageRows<Regs> pages;
   if (!exact) {
@@ -224,7 +229,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
     return;
   }
   const bool jensen = asked && a.g.k.layered() && a.softcap == 0;
-  for (bool loaded = true; chunk < list.chunks; chunk += static_cast<int>(gridDim.z) - 1) {
+  for (bool loaded = true; chunk < list.chunks; chunk += static_cast<int>(gridDim.z) - 2) {
     const int end = min((chunk + 1) * list.chunk, list.pages);
     for (int at = chunk * list.chunk + 16 * warp; at < end; at += kUnit) {
       if (!loaded) pages = load_pages<Regs>(a, v, list, head, at, end, lane);
@@ -246,7 +251,7 @@ void launch(const AttendArgs& a, cudaStream_t stream) {
       std::max<int64_t>(1, int64_t{a.multiprocessors} * (Warps == 8 ? 2 : 1) / across);
   const int64_t turns = std::min(most, a.ws.page_chunks);
   const dim3 grid(static_cast<unsigned>(a.g.kv_heads * groups),
-                  static_cast<unsigned>(a.limits.batch), static_cast<unsigned>(1 + turns));
+                  static_cast<unsigned>(a.limits.batch), static_cast<unsigned>(2 + turns));
   const size_t bytes =
       PrepareShared<Regs, Warps>::bytes(std::min<int64_t>(a.ws.rows, kRowGroup<Regs>) / 8);
   check(

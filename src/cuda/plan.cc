@@ -62,6 +62,7 @@ Workspace lay_out(const AttendPlan::State& s) {
   w.records = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * (4 + 8 * s.n_tiles) * 4);
   w.noted = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * 4);
   w.next_unit = layout.take(4);
+  w.unit_starts = layout.take((s.limits.batch + 1) * 4);
   w.partial_o = layout.take(heads * s.splits * w.rows * dim * 4);
   w.partial_ml = layout.take(heads * s.splits * w.rows * 8);
   if (s.prefill_stages > 0) {
@@ -100,9 +101,11 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
   // A page may be read sealed by some rows and open by others.
   s->splits = splits_of(limits.max_pages + 1, s->split_rule);
+  if (s->planes && !limits.batch_invariant) s->splits = most_unit_splits(limits.max_pages + 1);
   if (limits.step_tokens > kMaxPositions) {
     s->prefill_stages = prefill_stages(s->geometry.k.dim, s->geometry.k.layered(), s->major, s->minor);
   }
+  if (s->planes) s->slots = s->multiprocessors * planes_blocks(s->geometry.k.dim, s->n_tiles);
   s->workspace = lay_out(*s);
   state_ = std::move(s);
 }

@@ -17,19 +17,27 @@ namespace thriftattn::cuda {
 
 // Query rows (positions x heads of the group) that one pass of the kernels serves.
 inline constexpr int64_t kMaxPositions = 16;
-// Splits depend on the sequence's own items only (DESIGN section 11): min_items pages or more in one, at
-// most max_splits of them; but few_splits where there are 8 pages for each. The newest page, in open
-// form, counts as open_items. The numbers of attend_planes make 12 warps an SM of 132 SMs equally busy
-// with one sequence of 131072 tokens and 8 KV heads, and with more or shorter ones.
+// Splits that depend on the sequence's own items only (DESIGN section 11): min_items pages or more in
+// one, at most max_splits of them; but few_splits where there are 8 pages for each. attend_planes goes by
+// them where batch_invariant is asked for, else by the whole batch (attend_units.cuh). The newest page,
+// in open form, takes as long as open_items others.
 struct SplitRule {
   int32_t min_items = 32, max_splits = 48, few_splits = 1, open_items = 1;
 };
 inline constexpr SplitRule kDecodeSplits{32, 48, 1, 1}, kPlanesSplits{43, 48, 12, 16};
-inline constexpr int kMaxSplits = 48;
 // attend_prepare takes the pages of a sequence in at most kPageChunks chunks, each of which leaves a floor
 // a row; a chunk is 16 pages a warp, or a multiple of that. More rows have wider blocks.
 inline constexpr int kPageChunks = 32;
 THRIFTATTN_HOST_DEVICE inline int prepare_warps(int64_t rows) { return rows <= 16 ? 8 : 16; }
+
+inline constexpr int kMaxSplits = 48;
+
+// Blocks of attend_planes on an SM: three have 168 registers a thread at head_dim 128; four, with
+// 128, spill.
+THRIFTATTN_HOST_DEVICE constexpr int planes_blocks(int dim, int n_tiles) {
+  if (n_tiles == 1) return dim <= 128 ? 3 : 2;
+  return dim <= 128 && n_tiles == 2 ? 2 : 1;
+}
 
 THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items, SplitRule rule) {
   const int64_t even = (items + rule.max_splits - 1) / rule.max_splits;
@@ -37,6 +45,13 @@ THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items, SplitRule rule) {
   const int64_t splits = (items + per - 1) / per, short_splits = (items + 7) / 8;
   const int64_t few = short_splits < rule.few_splits ? short_splits : rule.few_splits;
   return splits > few ? splits : few;
+}
+
+// Without batch_invariant a unit of attend_planes has at least kLeastPlaces items.
+inline constexpr int kLeastPlaces = 8;
+inline int64_t most_unit_splits(int64_t items) {
+  const int64_t most = (2 * items + kLeastPlaces - 1) / kLeastPlaces;
+  return most < kMaxSplits ? most : kMaxSplits;
 }
 
 // Offsets in bytes into the workspace. "rows" are of one (sequence, KV head), padded to tiles.
@@ -52,6 +67,7 @@ struct Workspace {
                              // 4 page scales and an offset a row
   int64_t noted = 0;         // [batch][kv_heads][row_tiles][max_pages + open_records] row bits
   int64_t next_unit = 0;     // int32: what attend_planes takes next; prepare sets it to 0
+  int64_t unit_starts = 0;   // [batch + 1] int32: attend_planes' first unit of each sequence
   int64_t partial_o = 0;     // [batch][kv_heads][splits][rows][dim]
   int64_t partial_ml = 0;    // [batch][kv_heads][splits][rows][2]
   int64_t facts = 0;         // [batch][kv_heads][max_pages] PageFacts of attend_prefill
@@ -66,6 +82,7 @@ struct AttendPlan::State {
   int device = 0;
   int major = 0, minor = 0;
   int multiprocessors = 1;
+  int slots = 0;        // blocks of attend_planes that the device holds at a time
   bool planes = false;  // attend_planes, for two NVFP4 sides; else attend_decode
   SplitRule split_rule;
   int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1, 2 or 4

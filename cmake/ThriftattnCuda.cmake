@@ -77,33 +77,42 @@ function(thriftattn_add_cuda target)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
 endfunction()
 
-# thriftattn_cuda_bench, of bench/: timings on a GPU machine (make gpu-bench).
-function(thriftattn_add_cuda_bench)
-  add_executable(thriftattn_cuda_bench ${PROJECT_SOURCE_DIR}/bench/attend_cuda_bench.cu)
-  target_include_directories(thriftattn_cuda_bench PRIVATE ${PROJECT_SOURCE_DIR}/src)
-  target_compile_options(thriftattn_cuda_bench PRIVATE --expt-relaxed-constexpr)
-  set_property(TARGET thriftattn_cuda_bench PROPERTY CUDA_RUNTIME_LIBRARY Static)
-  target_link_libraries(thriftattn_cuda_bench PRIVATE thriftattn)
+# Adds `kernels` for every target of code to the library `target`, as the objects `name`.
+function(thriftattn_add_cuda_objects target name kernels)
+  set(others)
+  foreach(sm IN ITEMS 80 89 120)
+    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
+  endforeach()
+  add_library(${name} OBJECT ${kernels})
+  target_include_directories(${name} PRIVATE
+    ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+  target_compile_definitions(${name} PRIVATE THRIFTATTN_WITH_CUDA)
+  target_compile_options(${name} PRIVATE
+    --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers ${others})
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}>)
+  target_compile_definitions(${target} PRIVATE THRIFTATTN_WITH_CUDA)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+endfunction()
+
+# The device bench of the library `target`, and thriftattn_cuda_bench, of bench/: timings of a fixed
+# list of shapes on a GPU machine (make gpu-bench).
+function(thriftattn_add_cuda_bench target)
+  file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/bench/*.cu)
+  thriftattn_add_cuda_objects(${target} thriftattn_bench_kernels "${kernels}")
+  if(THRIFTATTN_BUILD_TESTS)
+    add_executable(thriftattn_cuda_bench ${PROJECT_SOURCE_DIR}/bench/attend_cuda_bench.cc)
+    target_link_libraries(thriftattn_cuda_bench
+      PRIVATE ${target} nlohmann_json::nlohmann_json thriftattn_options)
+  endif()
 endfunction()
 
 # The engine's kernels and its device code. cuBLASLt is loaded when it is needed, so that the command
 # starts on machines without it; only its header is needed here.
 function(thriftattn_add_cuda_engine target)
   file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/engine/*.cu)
-  set(others)
-  foreach(sm IN ITEMS 80 89 120)
-    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
-  endforeach()
-  add_library(thriftattn_engine_kernels OBJECT ${kernels})
-  target_include_directories(thriftattn_engine_kernels PRIVATE
-    ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include ${PROJECT_SOURCE_DIR}/src
-    ${THRIFTATTN_CUBLASLT_INCLUDE})
-  target_compile_definitions(thriftattn_engine_kernels PRIVATE THRIFTATTN_WITH_CUDA)
-  target_compile_options(thriftattn_engine_kernels PRIVATE
-    --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers ${others})
-  set_target_properties(thriftattn_engine_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:thriftattn_engine_kernels>)
+  thriftattn_add_cuda_objects(${target} thriftattn_engine_kernels "${kernels}")
+  target_include_directories(thriftattn_engine_kernels PRIVATE ${THRIFTATTN_CUBLASLT_INCLUDE})
   target_include_directories(${target} SYSTEM PRIVATE ${THRIFTATTN_CUBLASLT_INCLUDE})
-  target_compile_definitions(${target} PRIVATE THRIFTATTN_WITH_CUDA)
-  target_link_libraries(${target} PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
+  target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
 endfunction()

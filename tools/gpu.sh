@@ -14,6 +14,8 @@ case ${1:-} in
     status=0
     build/release/tests/test_cuda || status=1
     build/release/tests/test_engine --gtest_filter='Device*' || status=1
+    build/release/tests/test_bench --gtest_filter='Device*' || status=1
+    build/release/tests/test_cli --gtest_filter='CliBench.Device*' || status=1
     exit $status
     ;;
   bench)

@@ -37,7 +37,16 @@ struct EntryLanes {
   throw Error(ErrorCode::invalid_argument, "bench: " + message);
 }
 
-void check(const BenchSpec& spec) {
+double flops_of(const BenchSpec& spec) {
+  // Two products, all keys counted.
+  return 4.0 * static_cast<double>(spec.batch) * static_cast<double>(spec.q_heads) *
+         static_cast<double>(spec.queries) * static_cast<double>(spec.ctx) *
+         static_cast<double>(spec.head_dim);
+}
+
+}  // namespace
+
+void check_spec(const BenchSpec& spec) {
   if (spec.entries.empty()) refuse("no policy to time");
   if (spec.ctx < 1 || spec.queries < 1 || spec.batch < 1) {
     refuse(fmt::format("{} tokens of context, {} queries, batch {}: each must be at least 1",
@@ -77,15 +86,6 @@ void check(const BenchSpec& spec) {
         "as thrifty or balanced");
   }
 }
-
-double flops_of(const BenchSpec& spec) {
-  // Two products, all keys counted.
-  return 4.0 * static_cast<double>(spec.batch) * static_cast<double>(spec.q_heads) *
-         static_cast<double>(spec.queries) * static_cast<double>(spec.ctx) *
-         static_cast<double>(spec.head_dim);
-}
-
-}  // namespace
 
 std::string_view to_string(BenchOp op) {
   switch (op) {
@@ -127,7 +127,7 @@ std::string Bench::machine() const {
 }
 
 std::vector<BenchRow> Bench::run(const BenchSpec& spec) {
-  check(spec);
+  check_spec(spec);
   std::vector<Lane> lanes;
   const auto add = [&](const LayerPolicy& policy, const BenchEntry& entry,
                        const LayerPolicy& data_policy, const std::string& label) {

@@ -39,14 +39,17 @@ struct BenchSpec {
   std::vector<BenchEntry> entries;
 };
 
+// Throws Error for what no policy of the run can do.
+void check_spec(const BenchSpec& spec);
+
 struct BenchRow {
   // What the JSON has, with the same names; empty = null there.
-  std::string op, policy;
+  std::string op, backend = "cpu", policy;
   int64_t ctx = 0, queries = 0, batch = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
-  int threads = 0;
+  std::optional<int> threads;  // of the CPU
   double ms_min = 0, ms_median = 0;
-  double bytes_read = 0, gb_s = 0, peak_gb_s = 0, fraction_of_peak = 0;
-  std::optional<double> gflops;
+  double bytes_read = 0, gb_s = 0, peak_gb_s = 0;
+  std::optional<double> fraction_of_peak, gflops;
   double ms_bf16 = 0, speedup_vs_bf16 = 0;
   std::optional<double> byte_ratio_ceiling, promoted_fraction, skipped_fraction, promote_ms;
   // Tables only.

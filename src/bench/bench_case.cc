@@ -21,6 +21,8 @@ double ms_since(std::chrono::steady_clock::time_point start) {
       .count();
 }
 
+}  // namespace
+
 int64_t pages_of(const CaseSpec& spec) {
   const int64_t tokens = spec.ctx + (spec.op == BenchOp::append ? spec.queries : 0);
   return (tokens + kPageTokens - 1) / kPageTokens;
@@ -34,8 +36,6 @@ SyntheticSpec data_spec(const CaseSpec& spec) {
           .promoted = spec.promoted,
           .skipped = spec.skipped};
 }
-
-}  // namespace
 
 int64_t rotation_of(const CaseSpec& spec) {
   if (spec.op == BenchOp::append) return 1;

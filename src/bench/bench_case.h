@@ -27,6 +27,11 @@ struct CaseSpec {
 int64_t rotation_of(const CaseSpec& spec);
 int64_t bytes_of(const CaseSpec& spec);
 
+// The data of a case: of append, its context's.
+SyntheticSpec data_spec(const CaseSpec& spec);
+// Pages of a sequence, those that append adds included.
+int64_t pages_of(const CaseSpec& spec);
+
 class BenchCase {
  public:
   using Progress = std::function<void(int64_t done, int64_t total)>;

@@ -20,20 +20,20 @@ ordered_json optional_json(const std::optional<double>& x) {
 ordered_json row_json(const BenchRow& r) {
   ordered_json j;
   j["op"] = r.op;
-  j["backend"] = "cpu";
+  j["backend"] = r.backend;
   j["policy"] = r.policy;
   j["ctx"] = r.ctx;
   j["batch"] = r.batch;
   j["q_heads"] = r.q_heads;
   j["kv_heads"] = r.kv_heads;
   j["head_dim"] = r.head_dim;
-  j["threads"] = r.threads;
+  j["threads"] = r.threads ? ordered_json(*r.threads) : ordered_json(nullptr);
   j["ms_min"] = r.ms_min;
   j["ms_median"] = r.ms_median;
   j["bytes_read"] = std::llround(r.bytes_read);
   j["gb_s"] = r.gb_s;
   j["peak_gb_s"] = r.peak_gb_s;
-  j["fraction_of_peak"] = r.fraction_of_peak;
+  j["fraction_of_peak"] = optional_json(r.fraction_of_peak);
   j["gflops"] = optional_json(r.gflops);
   j["ms_bf16"] = r.ms_bf16;
   j["speedup_vs_bf16"] = r.speedup_vs_bf16;
@@ -111,7 +111,7 @@ constexpr Column kColumns[] = {
      [](const BenchRow& r) {
        return or_dash(r.peak_gflops, [](double x) { return number(x, 0); });
      }},
-    {"of peak", [](const BenchRow& r) { return percent(r.fraction_of_peak); }},
+    {"of peak", [](const BenchRow& r) { return or_dash(r.fraction_of_peak, percent); }},
     {"M elem/s",
      [](const BenchRow& r) {
        return or_dash(r.elements_per_s, [](double x) { return number(x * 1e-6, 1); });

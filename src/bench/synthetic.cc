@@ -268,6 +268,11 @@ void SyntheticData::fill(int64_t sequence, int64_t first, int64_t n, float* k, f
   });
 }
 
+void SyntheticData::page_mean(int64_t page, float* out) const {
+  const LayerShape& shape = state_->spec.shape;
+  for (int64_t h = 0; h < shape.kv_heads; ++h) state_->mean_of(h, page, out + h * shape.head_dim_k);
+}
+
 std::vector<float> SyntheticData::queries() const {
   const State& s = *state_;
   const LayerShape& shape = s.spec.shape;

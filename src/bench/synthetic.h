@@ -42,6 +42,9 @@ class SyntheticData {
   // K and V of `n` tokens from `first` on as [n][kv_heads][head_dim]; threaded. Sequences differ
   // in their noise only.
   void fill(int64_t sequence, int64_t first, int64_t n, float* k, float* v) const;
+  // What a page adds to the K of its tokens, [kv_heads][head_dim_k]: for those who draw their noise
+  // elsewhere. Of every page after the last complete one, what its tokens get.
+  void page_mean(int64_t page, float* out) const;
   // [queries][q_heads][head_dim_k], for a softmax scale of 1 / sqrt(head_dim_k).
   std::vector<float> queries() const;
 

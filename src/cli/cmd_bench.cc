@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bench/bench.h"
+#include "bench/device_bench.h"
 #include "bench/report.h"
 #include "bench/suite.h"
 #include "cli/commands.h"
@@ -37,6 +38,8 @@ struct BenchArgs {
   bool suite = false;
   int64_t divide = 1;
   std::string folder = "out";
+  std::string device = "cpu";
+  bool threads_given = false, working_set_given = false;
 };
 
 constexpr int64_t kMaxTokens = int64_t{1} << 32;
@@ -47,12 +50,13 @@ Examples:
   thriftattn bench decode -c 131072 --heads 64/8 --policy balanced --promoted 0.04 --skipped 0.5
   thriftattn bench prefill -c 4096 -p 512 --policy exact,thrifty -o json
   thriftattn bench append -c 4096 -p 512 --policy balanced
+  thriftattn bench decode -c 131072 -b 4 --policy exact,thrifty --device cuda
   thriftattn bench --suite
 
 Policies of one run are interleaved, threads are pinned, and read bandwidth is measured beside each
 timing. Decode is judged by GB/s against that peak, prefill by GFLOP/s with all keys counted. The
 data is drawn so that the fractions asked for are promoted and skipped by the policy's own rule.
-docs/performance-cpu.md says how to read the figures.)";
+docs/performance-cpu.md says how to read the figures, docs/run.md what differs with --device cuda.)";
 
 // "32/8" as query heads and KV heads.
 std::pair<int64_t, int64_t> parse_heads(const std::string& text) {
@@ -109,12 +113,52 @@ void write_suite(const BenchArgs& args, bench::Bench& timer) {
   std::fprintf(stderr, "written: %s, %s\n", one_line(json).c_str(), one_line(markdown).c_str());
 }
 
+// What --device cuda has no use for.
+void check_device_args(const BenchArgs& args) {
+  const auto refuse = [](const char* option, const char* why) {
+    throw UsageError(fmt::format("{} is for --device cpu: {}; leave one of them out", option, why));
+  };
+  if (args.suite) refuse("--suite", "its runs are those of docs/performance-cpu.md");
+  if (args.threads_given) refuse("--threads", "a GPU has no threads to pin");
+  if (args.working_set_given) {
+    refuse("--working-set", "sequences rotate through more than twice any GPU's L2");
+  }
+}
+
+void print_rows(const BenchArgs& args, const std::vector<bench::BenchRow>& rows,
+                const std::string& machine) {
+  if (args.output == "json") {
+    print(bench::format_rows(rows, bench::ReportForm::json));
+  } else if (args.output == "csv") {
+    print(bench::format_rows(rows, bench::ReportForm::csv));
+  } else {
+    print(machine + "\n\n" + bench::format_rows(rows, bench::ReportForm::table));
+  }
+}
+
+void bench_on_device(const BenchArgs& args) {
+  check_device_args(args);
+  const bench::BenchSpec spec = spec_of(args);
+  bench::check_device_spec(spec);
+  require_device(args.device);
+  Progress progress;
+  bench::DeviceBench timer({.rounds = args.rounds,
+                            .progress = [&](const std::string& what, int64_t done, int64_t total) {
+                              progress.update(what, done, total);
+                            }});
+  std::vector<bench::BenchRow> rows;
+  for (const bench::DeviceRow& r : timer.run(spec)) rows.push_back(r.row);
+  progress.clear();
+  print_rows(args, rows, timer.machine());
+}
+
 void bench_command(const BenchArgs& args) {
   if (args.suite == !args.op.empty()) {
     throw UsageError(
         "give decode, prefill or append, or --suite alone; see 'thriftattn bench "
         "--help'");
   }
+  if (args.device == "cuda") return bench_on_device(args);
   const bench::BenchSpec spec = args.suite ? bench::BenchSpec{} : spec_of(args);
   Progress progress;
   bench::Bench timer({.threads = args.threads,
@@ -130,13 +174,7 @@ void bench_command(const BenchArgs& args) {
   }
   const std::vector<bench::BenchRow> rows = timer.run(spec);
   progress.clear();
-  if (args.output == "json") {
-    print(bench::format_rows(rows, bench::ReportForm::json));
-  } else if (args.output == "csv") {
-    print(bench::format_rows(rows, bench::ReportForm::csv));
-  } else {
-    print(timer.machine() + "\n\n" + bench::format_rows(rows, bench::ReportForm::table));
-  }
+  print_rows(args, rows, timer.machine());
 }
 
 }  // namespace
@@ -204,7 +242,12 @@ void add_bench_command(CLI::App& app) {
   cmd->add_option("--folder", args->folder, "Suite: where bench.json and bench.md are written")
       ->capture_default_str()
       ->type_name("DIR");
-  cmd->callback([args] { bench_command(*args); });
+  add_device_option(*cmd, args->device);
+  cmd->callback([args, cmd] {
+    args->threads_given = cmd->count("--threads") > 0;
+    args->working_set_given = cmd->count("--working-set") > 0;
+    bench_command(*args);
+  });
 }
 
 }  // namespace thriftattn::cli

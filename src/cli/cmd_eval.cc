@@ -159,14 +159,14 @@ void add_eval_command(CLI::App& app) {
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
   add_rope_options(*cmd, args->model);
-  add_device_option(*cmd, args->model);
+  add_device_option(*cmd, args->model.device);
   cmd->add_option("-o,--output", args->output, "table, json (one array) or csv")
       ->check(CLI::IsMember({"table", "json", "csv"}))
       ->capture_default_str()
       ->type_name("FORM");
   cmd->add_option("--save", args->save, "Write the JSON to this file too")->type_name("FILE");
   cmd->callback([args] {
-    require_device(args->model);
+    require_device(args->model.device);
     eval(*args);
   });
 }

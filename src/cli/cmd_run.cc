@@ -497,7 +497,7 @@ void add_run_command(CLI::App& app) {
       ->type_name("SIZE");
   add_equalize_option(*cmd, args->model);
   add_rope_options(*cmd, args->model);
-  add_device_option(*cmd, args->model);
+  add_device_option(*cmd, args->model.device);
   cmd->add_flag("--raw", args->raw,
                 "Continue document and prompt as they are, without the model's chat form");
   cmd->add_option("-o,--output", args->output, "text, or json: one object with answer and figures")
@@ -508,7 +508,7 @@ void add_run_command(CLI::App& app) {
     args->policy_given = policy->count() > 0;
     args->interactive |= args->conversation;
     check_usage(*args);
-    require_device(args->model);
+    require_device(args->model.device);
     Run(*args).run();
   });
 }

@@ -75,16 +75,16 @@ void add_rope_options(CLI::App& app, ModelArgs& args) {
       ->type_name("N");
 }
 
-void add_device_option(CLI::App& app, ModelArgs& args) {
-  app.add_option("--device", args.device,
+void add_device_option(CLI::App& app, std::string& device) {
+  app.add_option("--device", device,
                  "Where to compute: cpu, or cuda, an NVIDIA GPU with the cache in its memory")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str()
       ->type_name("DEVICE");
 }
 
-void require_device(const ModelArgs& args) {
-  if (!args.on_device()) return;
+void require_device(const std::string& device) {
+  if (device != "cuda") return;
   try {
     cuda::device_info();
   } catch (const Error& error) {

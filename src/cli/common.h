@@ -54,11 +54,11 @@ void add_model_option(CLI::App& app, ModelArgs& args);
 void add_threads_option(CLI::App& app, ModelArgs& args);
 void add_equalize_option(CLI::App& app, ModelArgs& args);
 void add_rope_options(CLI::App& app, ModelArgs& args);
-void add_device_option(CLI::App& app, ModelArgs& args);
+void add_device_option(CLI::App& app, std::string& device);
 
 // Error with the reason where `--device cuda` is asked for and there is none. Costs nothing, so it
 // comes before anything is read.
-void require_device(const ModelArgs& args);
+void require_device(const std::string& device);
 
 // What the RoPE options ask for together; nothing if none is given.
 std::optional<RopeOverride> rope_override(const RopeArgs& args);

@@ -111,7 +111,7 @@ TEST(Bench, DecodeCountsBytesAndKeepsRatios) {
     EXPECT_DOUBLE_EQ(row.ms_bf16, rows[1].ms_median);
     EXPECT_DOUBLE_EQ(row.speedup_vs_bf16, row.ms_bf16 / row.ms_median);
     EXPECT_DOUBLE_EQ(row.gb_s, row.bytes_read / row.ms_median * 1e-6);
-    EXPECT_DOUBLE_EQ(row.fraction_of_peak, row.gb_s / row.peak_gb_s);
+    EXPECT_DOUBLE_EQ(*row.fraction_of_peak, row.gb_s / row.peak_gb_s);
     EXPECT_DOUBLE_EQ(*row.gflops, 4.0 * 8 * 1024 * 64 / row.ms_median * 1e-6);
   }
   EXPECT_FALSE(rows[0].promote_ms || rows[0].promoted_fraction || rows[1].skip_saves_ms);
@@ -136,7 +136,7 @@ TEST(Bench, PrefillAndAppend) {
   // The mean query sees 31.5 tokens less than the last one.
   EXPECT_NEAR(rows[1].bytes_read, 992.5 * 2 * 64 * 2 * 2 + 15 * 4, 4);
   EXPECT_DOUBLE_EQ(*prefill.gflops, 4.0 * 8 * 64 * 1024 * 64 / prefill.ms_median * 1e-6);
-  EXPECT_DOUBLE_EQ(prefill.fraction_of_peak, *prefill.gflops / *prefill.peak_gflops);
+  EXPECT_DOUBLE_EQ(*prefill.fraction_of_peak, *prefill.gflops / *prefill.peak_gflops);
   const BenchRow append = bench.run(small(BenchOp::append, {entry("balanced")}))[0];
   EXPECT_DOUBLE_EQ(append.bytes_read, 64.0 * 2 * 64 * 2 * 4);
   EXPECT_DOUBLE_EQ(*append.elements_per_s, 64.0 * 2 * 64 * 2 / append.ms_median * 1e3);

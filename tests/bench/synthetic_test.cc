@@ -169,6 +169,36 @@ TEST(SyntheticData, ContentDoesNotDependOnTheChunks) {
   EXPECT_NE(k, k2);  // another sequence
 }
 
+// What a device adds to noise of its own: the rest of K is noise of mean 0, of every kind of page.
+TEST(SyntheticData, PageMeanIsWhatFillAdds) {
+  const Case c{.policy = "balanced", .tokens = 4096, .promoted = 0.1, .skipped = 0.5};
+  const SyntheticData data(spec_of(c));
+  const int64_t row = c.kv_heads * c.head_dim;
+  std::vector<float> k(static_cast<size_t>(kPageTokens * row)), v(k.size());
+  std::vector<float> mean(static_cast<size_t>(row));
+  int lifted = 0;
+  for (int64_t page = 0; page < c.tokens / kPageTokens; ++page) {
+    data.fill(0, page * kPageTokens, kPageTokens, k.data(), v.data());
+    data.page_mean(page, mean.data());
+    for (int64_t h = 0; h < c.kv_heads; ++h) {
+      double norm = 0, along = 0;
+      for (int64_t d = h * c.head_dim; d < (h + 1) * c.head_dim; ++d) {
+        const double m = mean[static_cast<size_t>(d)];
+        double left = 0;
+        for (int64_t t = 0; t < kPageTokens; ++t) left += k[static_cast<size_t>(t * row + d)] - m;
+        norm += m * m;
+        along += m * left / static_cast<double>(kPageTokens);
+      }
+      if (norm == 0) continue;
+      ++lifted;
+      norm = std::sqrt(norm);
+      EXPECT_GT(norm, 1.5);
+      EXPECT_LT(std::fabs(along / norm), 5.0 / 8.0);  // of 64 numbers: a deviation of 1/8
+    }
+  }
+  EXPECT_EQ(lifted, 2 * (64 - 32));  // half of 63 pages are skipped: they have no mean
+}
+
 TEST(SyntheticData, WhichPoliciesPromoteAndSkip) {
   const auto layer = [](const char* text) {
     return resolve(parse_policy(text), {.layers = 1}).front();

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cli/command.h"
+#include "thriftattn/cuda.h"
 
 namespace thriftattn::test {
 namespace {
@@ -123,6 +124,71 @@ TEST_F(CliBench, BadInputIsOneLine) {
       error({"bench", "--suite", "--folder", "/proc/none/x", "-t", "1", "--working-set", "1048576"},
             1),
       "/proc/none/x");
+}
+
+// Before a device is looked for: what it would not serve, and options of the CPU.
+TEST_F(CliBench, DeviceRefusals) {
+  const auto on_device = [&](const std::string& op, std::vector<std::string> more, int code) {
+    std::vector<std::string> all = {"bench", op, "-c", "1024", "--device", "cuda"};
+    all.insert(all.end(), more.begin(), more.end());
+    return error(all, code);
+  };
+  EXPECT_SAYS(error({"bench", "decode", "--device", "tpu"}, 2), "tpu");
+  EXPECT_SAYS(on_device("decode", {"-t", "2"}, 2), "--threads");
+  EXPECT_SAYS(on_device("decode", {"--working-set", "1GB"}, 2), "--working-set");
+  EXPECT_SAYS(error({"bench", "--suite", "--device", "cuda"}, 2), "--suite");
+  EXPECT_SAYS(on_device("decode", {"--policy", "thrifty,q8_0"}, 1), "supported: nvfp4");
+  EXPECT_SAYS(on_device("append", {"--policy", "paper-budget"}, 1), "promotion by budget");
+  EXPECT_SAYS(on_device("decode", {"--head-dim", "80"}, 1), "64, 128, 192, 256");
+  EXPECT_SAYS(on_device("decode", {"--heads", "128/1"}, 1), "at most 64");
+  EXPECT_SAYS(on_device("prefill", {"--promoted", "0.1"}, 1), "decode");
+  EXPECT_SAYS(on_device("prefill", {"-p", "2000"}, 1), "2000 queries");
+}
+
+TEST_F(CliBench, WithoutADevice) {
+  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a device";
+  for (const char* op : {"decode", "prefill", "append"}) {
+    const std::string message = error({"bench", op, "-c", "1024", "--device", "cuda"}, 1);
+    EXPECT_SAYS(message, "--device cuda: ");
+    EXPECT_SAYS(message, cuda::compiled() ? "no device" : "without the CUDA backend");
+    EXPECT_SAYS(message, "leave --device out");
+  }
+}
+
+TEST_F(CliBench, DeviceRowsHaveTheKeysOfTheCpu) {
+  if (!cuda::compiled()) GTEST_SKIP() << "this build has no CUDA backend";
+  if (cuda::device_count() == 0)
+    GTEST_SKIP() << "no CUDA device: run `make gpu-test` on a GPU machine";
+  const auto keys = [](const json& row) {
+    std::vector<std::string> names;
+    for (const auto& item : row.items()) names.push_back(item.key());
+    return names;
+  };
+  const json cpu = rows("decode", {"--policy", "exact"})[0];
+  for (const char* op : {"decode", "prefill", "append"}) {
+    const Outcome r = box_.run({"bench", op, "-c", "4096", "-p", "8", "-b", "2", "--device", "cuda",
+                                "-r", "3", "--policy", "exact,thrifty,balanced", "-o", "json"});
+    ASSERT_EQ(r.code, 0) << r.err;
+    const json all = json::parse(r.out);
+    ASSERT_EQ(all.size(), 3u);
+    for (const json& row : all) {
+      EXPECT_EQ(keys(row), keys(cpu));
+      EXPECT_EQ(row["op"], op);
+      EXPECT_EQ(row["backend"], "cuda");
+      EXPECT_TRUE(row["threads"].is_null());
+      for (const char* key : {"ms_min", "ms_median", "bytes_read", "gb_s", "peak_gb_s", "ms_bf16",
+                              "speedup_vs_bf16"}) {
+        EXPECT_TRUE(row.at(key).is_number()) << key;
+        EXPECT_GT(row.at(key), 0.0) << key;
+      }
+    }
+  }
+  const Outcome table =
+      box_.run({"bench", "decode", "-c", "16384", "--device", "cuda", "-r", "3", "--policy",
+                "balanced", "--promoted", "0.04", "--skipped", "0.5"});
+  for (const char* part : {"copy", "driver", "adds ms", "saves ms", "balanced"}) {
+    EXPECT_SAYS(table.out, part) << table.err;
+  }
 }
 
 }  // namespace

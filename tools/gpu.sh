@@ -20,12 +20,20 @@ case ${1:-} in
     ;;
   bench)
     mkdir -p out
+    rows=out/gpu-bench.jsonl
     {
       echo "# $(date -u +%Y-%m-%dT%H:%MZ), $(git rev-parse --short HEAD 2>/dev/null || echo unknown commit)"
       nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sed 's/^/# /'
-      build/release/thriftattn_cuda_bench
-      if python3 -c 'import torch' 2>/dev/null; then python3 bench/sdpa_bench.py; fi
-    } | tee out/gpu-bench.jsonl
+    } >"$rows"
+    status=0
+    build/release/thriftattn_cuda_bench >>"$rows" || status=1
+    if python3 -c 'import torch' 2>/dev/null; then
+      python3 bench/sdpa_bench.py "$rows" >"$rows.sdpa" || status=1
+      cat "$rows.sdpa" >>"$rows"
+      rm "$rows.sdpa"
+    fi
+    cat "$rows"
+    exit $status
     ;;
   *)
     echo "usage: tools/gpu.sh test|bench" >&2

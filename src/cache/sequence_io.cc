@@ -39,6 +39,20 @@ void transfer(Open& open, const Move& move) {
   }
 }
 
+// Rows of tokens that are not there: on a device what the slot held before, elsewhere of rejected
+// drafts. What is saved depends on the sequence alone.
+void clear_rows(OpenPage& open, const PageLayout& layout, int64_t from) {
+  const auto clear = [&](std::vector<uint16_t>& part, int64_t dim) {
+    if (part.empty()) return;
+    for (int64_t h = 0; h < layout.kv_heads; ++h) {
+      std::fill(part.begin() + (h * kPageTokens + from) * dim,
+                part.begin() + (h + 1) * kPageTokens * dim, uint16_t{0});
+    }
+  };
+  clear(open.k, layout.k.dim);
+  clear(open.v, layout.v.dim);
+}
+
 std::vector<uint8_t> held(const std::vector<int32_t>& ids) {
   std::vector<uint8_t> flags(ids.size());
   std::transform(ids.begin(), ids.end(), flags.begin(),
@@ -202,12 +216,10 @@ void save_sequence(const KvCache& cache, SequenceId id, const ByteSink& sink) {
     write(store.pages, state.pages);
     write(store.residuals, state.residuals);
     if (state.open.empty()) continue;
-    if (store.open) {
-      const OpenPage copy = impl.download_open(store, state.open.front());
-      transfer(copy, sink);
-    } else {
-      transfer(state.open.front(), sink);
-    }
+    const OpenPage& front = state.open.front();
+    OpenPage copy = store.open ? impl.download_open(store, front) : front;
+    clear_rows(copy, store.layout, seq.length - state.first_open * kPageTokens);
+    transfer(copy, sink);
   }
 }
 

@@ -99,9 +99,31 @@ class Twins {
       }
       ASSERT_EQ(a.open.size(), b.open.size());
       for (size_t j = 0; j < a.open.size(); ++j) {
-        far.impl().upload_open(far_store, a.open[j], b.open[j].slot);
+        const int64_t page = a.first_open + static_cast<int64_t>(j);
+        const int64_t held =
+            std::min(kPageTokens, from.length + from.step_tokens - page * kPageTokens);
+        write_open(far_store, a.open[j], b.open[j].slot, held);
       }
     }
+  }
+
+  // Rows of tokens that are not there stay as the slot was.
+  void write_open(LayerStore& store, const OpenPage& from, int32_t slot, int64_t held) {
+    std::vector<uint8_t> bytes;
+    store.open->read(slot, bytes);
+    uint8_t* to = bytes.data();
+    const auto copy = [&](const std::vector<uint16_t>& part, int64_t dim) {
+      for (int64_t h = 0; h < 2 && !part.empty(); ++h) {
+        std::memcpy(to + h * kPageTokens * dim * 2,
+                    &part[static_cast<size_t>(h * kPageTokens * dim)],
+                    static_cast<size_t>(held * dim * 2));
+      }
+      to += part.size() * 2;
+    };
+    copy(from.k, 64);
+    copy(from.v, 64);
+    std::memcpy(to, from.k_reference.data(), from.k_reference.size() * 2);
+    store.open->write(slot, bytes.data());
   }
 
   std::vector<float> draw(int64_t tokens) {

@@ -291,7 +291,7 @@ std::vector<float> SyntheticData::queries() const {
   return q;
 }
 
-void SyntheticData::check(const AttendStats& found) const {
+void SyntheticData::check(const AttendStats& found, double slack) const {
   const State& s = *state_;
   const LayerPolicy& policy = s.spec.policy;
   if (s.pages == 0 && (s.spec.promoted > 0 || s.spec.skipped > 0)) {
@@ -304,8 +304,9 @@ void SyntheticData::check(const AttendStats& found) const {
   const auto pages = static_cast<double>(s.pages);
   // `forced` pages come on top of what was asked for. Several queries may straddle two pages.
   const auto compare = [&](const char* what, double asked, double forced, double seen) {
-    const double slack = s.spec.queries > 1 ? 1.0 / pages : 1e-9;
-    if (std::fabs(seen - asked - forced) <= kTolerance * asked + slack) return;
+    const double straddling = s.spec.queries > 1 ? 1.0 / pages : 1e-9;
+    const double allowed = std::max(kTolerance * asked, slack) + straddling;
+    if (std::fabs(seen - asked - forced) <= allowed) return;
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("{:.2f} % of {} pages were {} where {:.2f} % were asked for: choose a "
                             "longer context (-c) or another fraction",

@@ -227,21 +227,5 @@ TEST(CudaPlan, RefusesWhatNoKernelServes) {
   refused(shape, plain_policy(Format::q8_0), "q8_0");
 }
 
-TEST(CudaMemory, OutOfMemoryNamesAskedHeldAndFree) {
-  SKIP_WITHOUT_DEVICE();
-  cuda::DeviceMemory some(1 << 20);
-  try {
-    cuda::DeviceMemory much(int64_t{1} << 50);
-    FAIL() << "a petabyte was given";
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), ErrorCode::out_of_memory);
-    for (const char* word : {"asked", "held", "free"}) {
-      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
-    }
-  }
-  cuda::fill(some.data(), 0, some.bytes(), nullptr);
-  cuda::synchronize(nullptr);
-}
-
 }  // namespace
 }  // namespace thriftattn::testing

@@ -130,6 +130,7 @@ template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& note, int page,
                                                               const float (&mass)[2 * NT],
                                                               Pending& cur) const {
+  const uint32_t chosen = this->by_budget() ? this->positions_choosing(page) : 0u;
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) {
     const int i = b_.position[column_row(c)];
@@ -146,7 +147,7 @@ __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& no
     }
     if (i < 0) continue;
     const bool has = note.residual >= 0 && (v_.prefill || residual_in_reach(page, i));
-    if (has && (always_full() || (rules_ && top > a_.log2_promote))) {
+    if (has && (always_full() || (chosen >> i & 1u) != 0 || (rules_ && top > a_.log2_promote))) {
       cur.out |= 1u << c;
     } else if (rules_ && a_.g.skip > 0 && !(top > a_.log2_skip) && skippable(page, i)) {
       cur.skip |= 1u << c;

@@ -123,6 +123,17 @@ class ItemWalk {
                a_.g.kv_heads +
            head_;
   }
+  // The positions of the pass that a budget promotes a page for (attend_select), a bit each.
+  __device__ uint32_t positions_choosing(int page) const {
+    const uint8_t* at = workspace_at<const uint8_t>(a_, a_.ws.chosen) +
+                        ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.limits.max_pages + page) *
+                            a_.ws.chosen_stride;
+    if (a_.ws.chosen_stride == 1) return *at;
+    const uint4 flags = *reinterpret_cast<const uint4*>(at);
+    const auto bits = [](uint32_t bytes) { return bytes * 0x01020408u >> 24; };
+    return bits(flags.x) | bits(flags.y) << 4 | bits(flags.z) << 8 | bits(flags.w) << 12;
+  }
+  __device__ bool by_budget() const { return a_.g.budget != 0 && !v_.prefill; }
   __device__ ItemNote describe(int n) const;
 
   const AttendArgs& a_;
@@ -158,8 +169,14 @@ __device__ ItemNote ItemWalk<D, NT>::describe(int n) const {
   const bool seen_by_all = !layered || page < v_.open_from(v_.i_first);
   const bool held_residual = note.residual >= 0;
   // What later positions may read in full, earlier ones may too; skipping likewise.
-  const bool forced_first = held_residual && forced_full(page, v_.i_first);
-  const bool forced_last = held_residual && forced_full(page, v_.i_last);
+  bool forced_first = held_residual && forced_full(page, v_.i_first);
+  bool forced_last = held_residual && forced_full(page, v_.i_last);
+  if (by_budget() && held_residual) {  // some position, all positions
+    const uint32_t all = (2u << v_.i_last) - (1u << v_.i_first);
+    const uint32_t chosen = positions_choosing(page) & all;
+    forced_first = chosen != 0;
+    forced_last = chosen == all;
+  }
   const bool skip_first = skippable(page, v_.i_first), skip_last = skippable(page, v_.i_last);
   if (forced_last && seen_by_all) note.flags |= kItemFull;
   if (rules_ && held_residual && residual_in_reach(page, v_.i_first)) note.flags |= kItemPromotable;

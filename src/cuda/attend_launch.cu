@@ -64,6 +64,7 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
     a.first_q = first;
     a.positions = static_cast<int32_t>(std::min(plan.positions, plan.limits.step_tokens - first));
     launch_prepare(a, stream);
+    if (a.g.budget != 0 && a.prefill == 0) launch_select(a, stream);
     launch_walk(plan, a, stream);
     launch_merge(a, stream);
   }

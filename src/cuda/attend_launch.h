@@ -11,6 +11,8 @@ struct AttendArgs;
 
 AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& call);
 void launch_prepare(const AttendArgs& a, cudaStream_t stream);
+// Of a budget, between attend_prepare and the walk.
+void launch_select(const AttendArgs& a, cudaStream_t stream);
 void launch_merge(const AttendArgs& a, cudaStream_t stream);
 
 // The kernel of the plan between the two.

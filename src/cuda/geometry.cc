@@ -72,13 +72,13 @@ Geometry make_geometry(const LayerShape& shape, const LayerPolicy& policy) {
     unsupported("policy by KV head", "one policy for the heads of a call", "uniform layers",
                 "several policies in one call: use one plan for each group of heads");
   }
-  if (policy.rule == PromoteRule::budget && (policy.budget > 0 || policy.budget_pages > 0)) {
-    unsupported("rule", "promotion by budget", "promotion by attention mass",
-                "kernels of the budget rule");
+  if (policy.rule == PromoteRule::budget && policy.score != BlockScore::mean) {
+    unsupported("score", "promotion by budget with quest, variance, local or oracle",
+                "the block mean (score=mean)", "kernels of the other scores");
   }
   if (policy.max_promoted < 1) {
-    unsupported("rule", "a cap on the promoted pages (max)", "promotion by attention mass, no cap",
-                "the cap");
+    unsupported("rule", "a cap on the promoted pages (max)",
+                "promotion by attention mass without a cap, or by budget", "the cap");
   }
   Geometry g;
   g.kv_heads = static_cast<int32_t>(shape.kv_heads);
@@ -107,6 +107,12 @@ Geometry make_geometry(const LayerShape& shape, const LayerPolicy& policy) {
   g.sealed = policy.residency == Residency::dropped;
   g.sinks = policy.sinks;
   g.recent = policy.recent;
+  if (policy.rule == PromoteRule::budget) {
+    g.promote = 1;  // never by mass
+    g.budget = g.any_layered() && !g.k.always_full && !g.v.always_full && !g.sealed;
+    g.budget_pages = policy.budget_pages;
+    g.budget_fraction = policy.budget;
+  }
   return g;
 }
 

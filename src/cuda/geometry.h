@@ -39,6 +39,11 @@ struct Geometry {
   float promote = 1, skip = 0;
   int32_t sealed = 0;                        // Residency::dropped
   int64_t sinks = 0, recent = 0;
+  // The budget rule (precision/budget_rule.h) by block mean, in place of the mass rule; 0 also where
+  // it has nothing to choose.
+  int32_t budget = 0;
+  int64_t budget_pages = 0;  // 0 = by fraction
+  double budget_fraction = 0;
 
   constexpr bool any_layered() const { return k.layered() || v.layered(); }
 };

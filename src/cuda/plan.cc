@@ -68,6 +68,10 @@ Workspace lay_out(const AttendPlan::State& s) {
   if (s.prefill_stages > 0) {
     w.facts = layout.take(heads * s.limits.max_pages * static_cast<int64_t>(sizeof(PageFacts)));
   }
+  if (s.geometry.budget != 0) {
+    w.chosen_stride = s.positions == 1 ? 1 : kMaxPositions;
+    w.chosen = layout.take(heads * s.limits.max_pages * w.chosen_stride);
+  }
   w.bytes = layout.bytes();
   return w;
 }

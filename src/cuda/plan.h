@@ -71,6 +71,9 @@ struct Workspace {
   int64_t partial_o = 0;     // [batch][kv_heads][splits][rows][dim]
   int64_t partial_ml = 0;    // [batch][kv_heads][splits][rows][2]
   int64_t facts = 0;         // [batch][kv_heads][max_pages] PageFacts of attend_prefill
+  int64_t chosen = 0;        // [batch][kv_heads][max_pages][chosen_stride] bytes of attend_select: whether
+                             // a position of the pass promotes the page
+  int64_t chosen_stride = 1;  // positions: 1, or 16
   int64_t bytes = 0;
 };
 

@@ -158,7 +158,7 @@ __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& no
 // How each column reads a sealed item: what it promotes is noted for the second reading.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::decide(const ItemNote& note, int page, Pending& cur) {
-  if (!(note.flags & (kItemPromotable | kItemSkippable | kItemMixed))) {
+  if (!(note.flags & (kItemPromotable | kItemSkippable | kItemMixed | kItemChosen))) {
     write_decisions(page, Decision::base, ~0u, 0, false);
     return;
   }

@@ -22,6 +22,7 @@ enum ItemFlags : int32_t {
   kItemPromotable = 8,  // by mass
   kItemSkippable = 16,  // by mass
   kItemMixed = 32,      // rows differ in what they may do
+  kItemChosen = 64,     // some rows promote it by budget, others do not
 };
 
 struct ItemNote {
@@ -171,11 +172,11 @@ __device__ ItemNote ItemWalk<D, NT>::describe(int n) const {
   // What later positions may read in full, earlier ones may too; skipping likewise.
   bool forced_first = held_residual && forced_full(page, v_.i_first);
   bool forced_last = held_residual && forced_full(page, v_.i_last);
-  if (by_budget() && held_residual) {  // some position, all positions
+  if (by_budget() && held_residual) {
     const uint32_t all = (2u << v_.i_last) - (1u << v_.i_first);
     const uint32_t chosen = positions_choosing(page) & all;
-    forced_first = chosen != 0;
-    forced_last = chosen == all;
+    forced_first = forced_last = chosen == all;
+    if (chosen != 0 && chosen != all) note.flags |= kItemChosen;
   }
   const bool skip_first = skippable(page, v_.i_first), skip_last = skippable(page, v_.i_last);
   if (forced_last && seen_by_all) note.flags |= kItemFull;

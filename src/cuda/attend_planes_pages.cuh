@@ -82,6 +82,7 @@ class PageScores : protected ItemWalk<D, NT> {
     if (b.pages >> lane_ & 1) {
       s_.page.item[lane_] = {side_at(a_.g.k, note.slot) + a_.g.k.codes,
                              side_at(a_.g.v, note.slot) + a_.g.v.codes, note.residual, note.flags};
+      if (note.flags & kItemChosen) s_.page.noted_rows[lane_] = rows_choosing(page_of(b, lane_));
     }
     return b;
   }
@@ -275,6 +276,16 @@ class PageScores : protected ItemWalk<D, NT> {
     const uint32_t to = first + group >= 32 ? ~0u : (1u << (first + group)) - 1;
     return to & ~(first <= 0 ? 0u : (1u << first) - 1) & real_;
   }
+  // The tile's rows whose position promotes a page by budget.
+  __device__ uint32_t rows_choosing(int page) const {
+    const uint32_t chosen = this->positions_choosing(page);
+    uint32_t rows = 0;
+#pragma unroll 1
+    for (int r = 0; r < v_.end_row - v_.first_row; ++r) {
+      rows |= (chosen >> (v_.first_row + r) / a_.g.group & 1u) << r;
+    }
+    return rows;
+  }
   // Each position's first row writes, where it is in this tile.
   __device__ void write_decisions(int page, Decision decision, uint32_t rows) const {
     if (a_.call.decisions == nullptr || lane_ >= 8 * NT || !(rows >> lane_ & 1)) return;
@@ -305,9 +316,13 @@ class PageScores : protected ItemWalk<D, NT> {
     Share share{real_, 0};
     if (full) {
       if (again) share.rows = s_.page.noted_rows[bit];
-    } else if (flags & (kItemPromotable | kItemSkippable)) {
+    } else if (flags & (kItemPromotable | kItemSkippable | kItemChosen)) {
       uint32_t promoted = 0;
       decide(flags, sum, promoted, share.skipped);
+      if (flags & kItemChosen) {
+        promoted = s_.page.noted_rows[bit];
+        share.skipped &= ~promoted;
+      }
       if (promoted != 0) {
         noted_ |= 1u << bit;
         if (lane_ == 0) s_.page.noted_rows[bit] = promoted;

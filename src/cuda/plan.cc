@@ -76,6 +76,13 @@ Workspace lay_out(const AttendPlan::State& s) {
   return w;
 }
 
+std::string explain_budget(const Geometry& g) {
+  if (g.budget == 0) return "";
+  const std::string budget = g.budget_pages > 0 ? fmt::format("{} pages", g.budget_pages)
+                                                : fmt::format("{:.6g} % of the pages", 100 * g.budget_fraction);
+  return fmt::format(", attend_select promotes {} by block mean", budget);
+}
+
 }  // namespace
 
 AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
@@ -123,10 +130,10 @@ std::string AttendPlan::explain() const {
   const State& s = *state_;
   const std::string decode = fmt::format(
       "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
-      "of at least {} pages, K {}, V {}, workspace {:.1f} MB",
+      "of at least {} pages, K {}, V {}{}, workspace {:.1f} MB",
       s.planes ? "attend_planes" : "attend_decode", s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k,
       s.row_tiles, s.splits, s.split_rule.min_items,
-      to_string(s.policy.k_format), to_string(s.policy.v_format),
+      to_string(s.policy.k_format), to_string(s.policy.v_format), explain_budget(s.geometry),
       static_cast<double>(s.workspace.bytes) * 1e-6);
   if (s.limits.step_tokens <= kMaxPositions) return decode;
   const char* when = s.geometry.any_layered() ? "decode mode" : "not used";

@@ -161,7 +161,9 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
   };
   const Case cases[] = {{"exact", 1e-3},   {"fp8", 1e-3},    {"*:nvfp4x2", 1e-3},
                         {"balanced", 1.0}, {"thrifty", 1.0}, {"thrifty,skip=0", 1e-3},
-                        {"balanced,promote=1,skip=0", 1e-2}};
+                        {"balanced,promote=1,skip=0", 1e-2},
+                        // A budget is kept to the page on both.
+                        {"paper-budget", 1e-3}, {"paper-budget,pages=3,sinks=64,recent=128", 1e-3}};
   for (const char* family : {"llama", "qwen2", "qwen3", "gemma3"}) {
     const TinyModel tiny = make_tiny(wide_spec(family));
     const auto tokens = random_tokens(700, tiny.spec.vocab);
@@ -198,7 +200,8 @@ TEST_F(DeviceTest, ChunksEqualDecode) {
   const auto tokens = random_tokens(300, tiny.spec.vocab);
   const Pair pair(tiny.load());
   const std::pair<const char*, double> cases[] = {
-      {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes}};
+      {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes},
+      {"paper-budget", kCodes}};
   for (const auto& [policy, bound] : cases) {
     Session whole = pair.on_device(policy), single = pair.on_device(policy);
     const auto at_once = run(whole, tokens, 300, AttendMode::decode);
@@ -212,7 +215,7 @@ TEST_F(DeviceTest, ForkTruncateAndRollbackLeaveNoTrace) {
   const auto tokens = random_tokens(400, tiny.spec.vocab);
   const std::span<const int32_t> all(tokens);
   const Pair pair(tiny.load());
-  for (const char* policy : {"f32", "exact", "thrifty", "balanced"}) {
+  for (const char* policy : {"f32", "exact", "thrifty", "balanced", "paper-budget"}) {
     bool stop = false;
     SessionOptions options;
     options.cancelled = [&stop] { return stop; };
@@ -287,6 +290,7 @@ TEST_F(DeviceTest, RefusesWhatItCannotDo) {
   const TinyModel tiny = make_tiny(wide_spec("qwen2"));
   const Pair pair(tiny.load());
   EXPECT_THROW(pair.on_device("q8_0"), Error);
+  EXPECT_THROW(pair.on_device("paper-budget,score=quest"), Error);
   const Pair other(tiny.load());
   EXPECT_THROW(Session(pair.model, parse_policy("exact"), {.device = other.device}), Error);
   EXPECT_NE(pair.device->explain_device().find("cuBLASLt"), std::string::npos);
@@ -330,7 +334,8 @@ TEST_F(DeviceDemo, ExactMatchesPlainBf16) { compare("exact", "bf16_kv", 5e-2); }
 TEST_F(DeviceDemo, EvalMatchesTheCpu) {
   const Pair pair(Model::load(folder_ + "thrift-demo.gguf"));
   std::vector<int32_t> tokens = random_tokens(2048, pair.model->config().vocab);
-  EvalOptions options{.context = 2048, .policies = {preset("exact"), preset("thrifty"), preset("balanced")},
+  EvalOptions options{.context = 2048,
+                      .policies = {preset("exact"), preset("thrifty"), preset("balanced"), preset("paper-budget")},
                       .reference = preset("f32")};
   const auto near_rows = evaluate(pair.model, tokens, options);
   options.device = pair.device;

@@ -36,6 +36,12 @@ AttentionCase::AttentionCase(const CaseOptions& o)
     for (float& value : x) value = gain * normal(rng) + offset;
   };
   fill(k_, total * o.shape.kv_heads * o.shape.head_dim_k, 1.0f, o.k_offset);
+  if (o.k_period > 0) {
+    const int64_t width = o.shape.kv_heads * o.shape.head_dim_k;
+    for (int64_t i = o.k_period * width; i < total * width; ++i) {
+      k_[static_cast<size_t>(i)] = k_[static_cast<size_t>(i - o.k_period * width)];
+    }
+  }
   fill(v_, total * o.shape.kv_heads * o.shape.head_dim_v, 1.0f, 0.3f);
   if (o.v_spread != 0) {
     const int64_t width = o.shape.kv_heads * o.shape.head_dim_v;

@@ -19,6 +19,7 @@ struct CaseOptions {
   int64_t queries = 1;    // tokens of the last step
   float q_gain = 2.5f;    // larger = attention more concentrated
   float k_offset = 0.0f;  // a constant added to every K: what a K bias does
+  int64_t k_period = 0;   // K of token t is that of token t % k_period; 0 = none
   float v_spread = 0.0f;  // V of page p is times 2^(v_spread * (p % 4 - 1))
   float softcap = 0.0f;
   bool sink_logits = false;

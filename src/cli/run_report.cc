@@ -53,8 +53,8 @@ std::string guarantee_text(const RunReport& r) {
   const AttendStats& a = r.decode.attend;
   if (!a.masses_known) {
     return "what the rule says: a skipped page held at most `skip` of a query head's attention, a page "
-           "read in 4 bits at most `promote` if its residual is held; the masses themselves are "
-           "measured by --device cpu alone";
+           "read in 4 bits at most `promote` if its residual is held (rule=budget promises nothing of "
+           "it); the masses themselves are measured by --device cpu alone";
   }
   std::string text = fmt::format(
       "a page read in 4 bits held at most {} of a query head's attention, a skipped one at most "

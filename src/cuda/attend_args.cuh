@@ -107,6 +107,15 @@ __device__ inline float* page_record(const AttendArgs& a, int64_t seq_head, int 
          ((seq_head * a.row_tiles + tile) * pages + index) * (4 + a.tile_rows);
 }
 
+// Under a budget the walk reads a residual table that attend_select has made: ids of what is promoted,
+// this much higher where only some positions of the pass promote the page. So ids are below it.
+inline constexpr int32_t kSomePositions = int32_t{1} << 30;
+// Which of them do, a byte each.
+__device__ inline uint8_t* page_choices(const AttendArgs& a, int64_t seq_head, int page) {
+  return workspace_at<uint8_t>(a, a.ws.choices) +
+         (seq_head * a.limits.max_pages + page) * kMaxPositions;
+}
+
 // log2 of a floor of the sum of exp over everything visible to a row, by `Lanes` lanes next to each
 // other, which all get it; lanes that ask for no row get -inf. By a whole warp.
 template <int Lanes>

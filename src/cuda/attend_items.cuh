@@ -22,7 +22,7 @@ enum ItemFlags : int32_t {
   kItemPromotable = 8,  // by mass
   kItemSkippable = 16,  // by mass
   kItemMixed = 32,      // rows differ in what they may do
-  kItemChosen = 64,     // some rows promote it by budget, others do not
+  kItemChosen = 64,     // a budget promotes it for some positions of the pass
 };
 
 struct ItemNote {
@@ -124,17 +124,10 @@ class ItemWalk {
                a_.g.kv_heads +
            head_;
   }
-  // The positions of the pass that a budget promotes a page for (attend_select), a bit each.
-  __device__ uint32_t positions_choosing(int page) const {
-    const uint8_t* at = workspace_at<const uint8_t>(a_, a_.ws.chosen) +
-                        ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.limits.max_pages + page) *
-                            a_.ws.chosen_stride;
-    if (a_.ws.chosen_stride == 1) return *at;
-    const uint4 flags = *reinterpret_cast<const uint4*>(at);
-    const auto bits = [](uint32_t bytes) { return bytes * 0x01020408u >> 24; };
-    return bits(flags.x) | bits(flags.y) << 4 | bits(flags.z) << 8 | bits(flags.w) << 12;
+  // Of a kItemChosen page: a byte for each position of the pass.
+  __device__ const uint8_t* choices_at(int page) const {
+    return page_choices(a_, int64_t{seq_} * a_.g.kv_heads + head_, page);
   }
-  __device__ bool by_budget() const { return a_.g.budget != 0 && !v_.prefill; }
   __device__ ItemNote describe(int n) const;
 
   const AttendArgs& a_;
@@ -167,19 +160,18 @@ __device__ ItemNote ItemWalk<D, NT>::describe(int n) const {
   if (v_.t.residuals != nullptr && layered) {
     note.residual = v_.t.residuals[int64_t{page} * a_.g.kv_heads + head_];
   }
+  const bool some = note.residual >= kSomePositions;
+  if (some) {
+    note.residual -= kSomePositions;
+    note.flags |= kItemChosen;
+  }
   const bool seen_by_all = !layered || page < v_.open_from(v_.i_first);
   const bool held_residual = note.residual >= 0;
   // What later positions may read in full, earlier ones may too; skipping likewise.
-  bool forced_first = held_residual && forced_full(page, v_.i_first);
-  bool forced_last = held_residual && forced_full(page, v_.i_last);
-  if (by_budget() && held_residual) {
-    const uint32_t all = (2u << v_.i_last) - (1u << v_.i_first);
-    const uint32_t chosen = positions_choosing(page) & all;
-    forced_first = forced_last = chosen == all;
-    if (chosen != 0 && chosen != all) note.flags |= kItemChosen;
-  }
+  const bool forced_first = held_residual && forced_full(page, v_.i_first);
+  const bool forced_last = held_residual && forced_full(page, v_.i_last);
   const bool skip_first = skippable(page, v_.i_first), skip_last = skippable(page, v_.i_last);
-  if (forced_last && seen_by_all) note.flags |= kItemFull;
+  if (forced_last && seen_by_all && !some) note.flags |= kItemFull;
   if (rules_ && held_residual && residual_in_reach(page, v_.i_first)) note.flags |= kItemPromotable;
   if (rules_ && a_.g.skip > 0 && skip_last) note.flags |= kItemSkippable;
   if (!seen_by_all || forced_first != forced_last || skip_first != skip_last) {

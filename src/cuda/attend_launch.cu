@@ -36,7 +36,13 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   return a;
 }
 
-void launch_walk(const AttendPlan::State& plan, const AttendArgs& a, cudaStream_t stream) {
+void launch_walk(const AttendPlan::State& plan, const AttendArgs& args, cudaStream_t stream) {
+  AttendArgs a = args;
+  if (a.g.budget != 0 && a.prefill == 0) {  // every residual of attend_select's table is read
+    a.call.tables.residual_table = reinterpret_cast<const int32_t*>(
+        static_cast<const uint8_t*>(a.call.workspace) + a.ws.chosen_residuals);
+    a.g.k.always_full = 1;
+  }
   for_head_dim(a.g.k.dim, [&](auto dim) {
     if (plan.planes) return launch_planes<dim.value>(a, plan.n_tiles, stream);
     launch_decode<dim.value>(a, plan.n_tiles, stream);

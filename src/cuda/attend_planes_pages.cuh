@@ -82,7 +82,12 @@ class PageScores : protected ItemWalk<D, NT> {
     if (b.pages >> lane_ & 1) {
       s_.page.item[lane_] = {side_at(a_.g.k, note.slot) + a_.g.k.codes,
                              side_at(a_.g.v, note.slot) + a_.g.v.codes, note.residual, note.flags};
-      if (note.flags & kItemChosen) s_.page.noted_rows[lane_] = rows_choosing(page_of(b, lane_));
+    }
+    uint32_t some = __ballot_sync(~0u, (b.pages >> lane_ & 1) != 0 && (note.flags & kItemChosen));
+    for (; some != 0; some &= some - 1) {
+      const int bit = __ffs(static_cast<int>(some)) - 1;
+      const uint32_t rows = rows_choosing(page_of(b, bit));
+      if (lane_ == bit) s_.page.noted_rows[bit] = rows;
     }
     return b;
   }
@@ -276,15 +281,10 @@ class PageScores : protected ItemWalk<D, NT> {
     const uint32_t to = first + group >= 32 ? ~0u : (1u << (first + group)) - 1;
     return to & ~(first <= 0 ? 0u : (1u << first) - 1) & real_;
   }
-  // The tile's rows whose position promotes a page by budget.
+  // Rows whose position promotes a page by budget. Rows need not be filled in yet.
   __device__ uint32_t rows_choosing(int page) const {
-    const uint32_t chosen = this->positions_choosing(page);
-    uint32_t rows = 0;
-#pragma unroll 1
-    for (int r = 0; r < v_.end_row - v_.first_row; ++r) {
-      rows |= (chosen >> (v_.first_row + r) / a_.g.group & 1u) << r;
-    }
-    return rows;
+    const int row = v_.first_row + lane_;
+    return __ballot_sync(~0u, row < v_.end_row && this->choices_at(page)[row / a_.g.group] != 0);
   }
   // Each position's first row writes, where it is in this tile.
   __device__ void write_decisions(int page, Decision decision, uint32_t rows) const {
@@ -319,10 +319,7 @@ class PageScores : protected ItemWalk<D, NT> {
     } else if (flags & (kItemPromotable | kItemSkippable | kItemChosen)) {
       uint32_t promoted = 0;
       decide(flags, sum, promoted, share.skipped);
-      if (flags & kItemChosen) {
-        promoted = s_.page.noted_rows[bit];
-        share.skipped &= ~promoted;
-      }
+      if (flags & kItemChosen) promoted = s_.page.noted_rows[bit];
       if (promoted != 0) {
         noted_ |= 1u << bit;
         if (lane_ == 0) s_.page.noted_rows[bit] = promoted;

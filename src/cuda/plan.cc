@@ -69,8 +69,9 @@ Workspace lay_out(const AttendPlan::State& s) {
     w.facts = layout.take(heads * s.limits.max_pages * static_cast<int64_t>(sizeof(PageFacts)));
   }
   if (s.geometry.budget != 0) {
-    w.chosen_stride = s.positions == 1 ? 1 : kMaxPositions;
-    w.chosen = layout.take(heads * s.limits.max_pages * w.chosen_stride);
+    w.chosen_residuals = layout.take(heads * s.limits.max_pages * 4);
+    if (s.positions > 1) w.choices = layout.take(heads * s.limits.max_pages * kMaxPositions);
+    w.keys = layout.take(heads * s.positions * std::max<int64_t>(0, s.limits.max_pages - kHeldKeys) * 4);
   }
   w.bytes = layout.bytes();
   return w;

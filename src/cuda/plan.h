@@ -71,9 +71,10 @@ struct Workspace {
   int64_t partial_o = 0;     // [batch][kv_heads][splits][rows][dim]
   int64_t partial_ml = 0;    // [batch][kv_heads][splits][rows][2]
   int64_t facts = 0;         // [batch][kv_heads][max_pages] PageFacts of attend_prefill
-  int64_t chosen = 0;        // [batch][kv_heads][max_pages][chosen_stride] bytes of attend_select: whether
-                             // a position of the pass promotes the page
-  int64_t chosen_stride = 1;  // positions: 1, or 16
+  // Of attend_select: the residual table of what a budget promotes; for several positions also a byte for
+  // each of 16, [batch][kv_heads][max_pages][16]; and keys of pages that shared memory does not hold,
+  // [batch][kv_heads][positions][max_pages - kHeldKeys].
+  int64_t chosen_residuals = 0, choices = 0, keys = 0;
   int64_t bytes = 0;
 };
 
@@ -110,6 +111,9 @@ struct alignas(16) PageFacts {
 // Items a warp walks are noted in 32 words of 32 bits.
 inline constexpr int kWarps = 4;
 inline constexpr int64_t kMaxPages = int64_t{kDecodeSplits.max_splits} * kWarps * 1024 - 2;
+
+// Pages whose keys attend_select has in shared memory.
+inline constexpr int64_t kHeldKeys = 4096;
 
 // Pages that the step of a sequence may touch.
 inline int64_t pages_touched(const AttendLimits& limits) {

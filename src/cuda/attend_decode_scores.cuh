@@ -130,7 +130,8 @@ template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& note, int page,
                                                               const float (&mass)[2 * NT],
                                                               Pending& cur) const {
-  const uint8_t* choices = note.flags & kItemChosen ? this->choices_at(page) : nullptr;
+  const uint8_t* choices = nullptr;
+  if (Base::kByPosition && (note.flags & kItemChosen)) choices = this->choices_at(page);
 #pragma unroll
   for (int c = 0; c < 2 * NT; ++c) {
     const int i = b_.position[column_row(c)];
@@ -147,9 +148,8 @@ __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& no
     }
     if (i < 0) continue;
     const bool has = note.residual >= 0 && (v_.prefill || residual_in_reach(page, i));
-    const bool full = choices != nullptr ? choices[i] != 0
-                                         : always_full() || (rules_ && top > a_.log2_promote);
-    if (has && full) {
+    if (has && (choices != nullptr ? choices[i] != 0
+                                   : always_full() || (rules_ && top > a_.log2_promote))) {
       cur.out |= 1u << c;
     } else if (rules_ && a_.g.skip > 0 && !(top > a_.log2_skip) && skippable(page, i)) {
       cur.skip |= 1u << c;
@@ -160,7 +160,8 @@ __device__ void DecodeWarp<D, NT, Shared>::decide_by_position(const ItemNote& no
 // How each column reads a sealed item: what it promotes is noted for the second reading.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::decide(const ItemNote& note, int page, Pending& cur) {
-  if (!(note.flags & (kItemPromotable | kItemSkippable | kItemMixed | kItemChosen))) {
+  constexpr int kDiffer = Base::kByPosition ? kItemMixed | kItemChosen : kItemMixed;
+  if (!(note.flags & (kItemPromotable | kItemSkippable | kDiffer))) {
     write_decisions(page, Decision::base, ~0u, 0, false);
     return;
   }
@@ -169,7 +170,7 @@ __device__ void DecodeWarp<D, NT, Shared>::decide(const ItemNote& note, int page
   for (int c = 0; c < 2 * NT; ++c) {
     mass[c] = cur.l[c] > 0 ? cur.m[c] + __log2f(cur.l[c]) - b_.floor[column_row(c)] : -INFINITY;
   }
-  if (v_.i_first == v_.i_last && !(note.flags & (kItemMixed | kItemChosen))) {
+  if (v_.i_first == v_.i_last && !(note.flags & kDiffer)) {
     float top = mass[0];
 #pragma unroll
     for (int c = 1; c < 2 * NT; ++c) top = fmaxf(top, mass[c]);

@@ -80,6 +80,9 @@ class ItemWalk {
   }
 
  protected:
+  // A budget of several positions has wider tiles (plan.cc), so that one row tile knows nothing of it.
+  static constexpr bool kByPosition = NT > 1;
+
   // Row of the tile of a lane's column c: rows 8t + 2j, + 1 are columns 2t, 2t + 1.
   __device__ int column_row(int c) const { return c / 2 * 8 + 2 * j_ + (c & 1); }
   // Whether the walk's n-th place holds an item, and which.
@@ -160,7 +163,7 @@ __device__ ItemNote ItemWalk<D, NT>::describe(int n) const {
   if (v_.t.residuals != nullptr && layered) {
     note.residual = v_.t.residuals[int64_t{page} * a_.g.kv_heads + head_];
   }
-  const bool some = note.residual >= kSomePositions;
+  const bool some = kByPosition && note.residual >= kSomePositions;
   if (some) {
     note.residual -= kSomePositions;
     note.flags |= kItemChosen;

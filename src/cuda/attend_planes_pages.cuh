@@ -83,11 +83,13 @@ class PageScores : protected ItemWalk<D, NT> {
       s_.page.item[lane_] = {side_at(a_.g.k, note.slot) + a_.g.k.codes,
                              side_at(a_.g.v, note.slot) + a_.g.v.codes, note.residual, note.flags};
     }
-    uint32_t some = __ballot_sync(~0u, (b.pages >> lane_ & 1) != 0 && (note.flags & kItemChosen));
-    for (; some != 0; some &= some - 1) {
-      const int bit = __ffs(static_cast<int>(some)) - 1;
-      const uint32_t rows = rows_choosing(page_of(b, bit));
-      if (lane_ == bit) s_.page.noted_rows[bit] = rows;
+    if constexpr (Base::kByPosition) {
+      uint32_t some = __ballot_sync(~0u, (note.flags & kItemChosen) != 0) & b.pages;
+      for (; some != 0; some &= some - 1) {
+        const int bit = __ffs(static_cast<int>(some)) - 1;
+        const uint32_t rows = rows_choosing(page_of(b, bit));
+        if (lane_ == bit) s_.page.noted_rows[bit] = rows;
+      }
     }
     return b;
   }
@@ -312,14 +314,15 @@ class PageScores : protected ItemWalk<D, NT> {
   // sum is each column's mass, relative to m.
   __device__ Share settle(const Batch& b, int bit, bool full, bool again, uint2* p,
                           float (&sum)[2 * NT]) {
+    constexpr int kChosen = Base::kByPosition ? kItemChosen : 0;
     const int flags = s_.page.item[bit].flags;
     Share share{real_, 0};
     if (full) {
       if (again) share.rows = s_.page.noted_rows[bit];
-    } else if (flags & (kItemPromotable | kItemSkippable | kItemChosen)) {
+    } else if (flags & (kItemPromotable | kItemSkippable | kChosen)) {
       uint32_t promoted = 0;
       decide(flags, sum, promoted, share.skipped);
-      if (flags & kItemChosen) promoted = s_.page.noted_rows[bit];
+      if (flags & kChosen) promoted = s_.page.noted_rows[bit];
       if (promoted != 0) {
         noted_ |= 1u << bit;
         if (lane_ == 0) s_.page.noted_rows[bit] = promoted;

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kRounds = 3, kBins = 2048;
-constexpr int kAhead = 4;  // pages of a thread whose reads are under way at a time
+constexpr int kAhead = 2;  // pages of a thread whose reads are under way at a time
 
 // Keys of pages: what is no candidate comes below all scores.
 constexpr uint32_t kOut = 0, kAlways = 1, kLowest = 2;
@@ -136,16 +136,17 @@ __device__ void Selection::note_pages() {
 __device__ void Selection::weigh_pages() {
   __syncthreads();  // bins are empty
   const int first = i_ * a_.g.group, end = first + a_.g.group;
+  const int next = kThreads * (4 + a_.tile_rows);  // from a thread's page to its next one
   for (int base = threadIdx.x; base < pages_; base += kAhead * kThreads) {
     float sum[kAhead] = {};
     // Rows of a quad are in one tile.
     if (a_.g.group % 4 == 0) {
       for (int row = first; row < end; row += 4) {
-        float4 x[kAhead];
+        const float* from = record(row, base);
+        float4 x[kAhead] = {};
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-          const int n = min(base + k * kThreads, pages_ - 1);
-          x[k] = *reinterpret_cast<const float4*>(record(row, n));
+          if (base + k * kThreads < pages_) x[k] = *reinterpret_cast<const float4*>(from + k * next);
         }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) sum[k] = sum[k] + x[k].x + x[k].y + x[k].z + x[k].w;
@@ -154,7 +155,7 @@ __device__ void Selection::weigh_pages() {
       for (int row = first; row < end; ++row) {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-          sum[k] += *record(row, min(base + k * kThreads, pages_ - 1));
+          if (base + k * kThreads < pages_) sum[k] += record(row, base)[k * next];
         }
       }
     }
@@ -255,7 +256,9 @@ __device__ void Selection::write(int n, bool chosen, int32_t residual) const {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) attend_select(const __grid_constant__ AttendArgs a) {
+// Few registers, so that a block finds a place beside those of attend_prepare, and notes its pages
+// while they work.
+__global__ void __launch_bounds__(kThreads, 2) attend_select(const __grid_constant__ AttendArgs a) {
   __shared__ SelectShared shared;
   const int i = blockIdx.x % a.positions, head = blockIdx.x / a.positions, seq = blockIdx.y;
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));

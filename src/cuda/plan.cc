@@ -109,7 +109,8 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   s->multiprocessors = device.multiprocessors;
   s->planes = s->geometry.k.layered() && s->geometry.v.layered();
   s->split_rule = s->planes ? kPlanesSplits : kDecodeSplits;
-  s->n_tiles = rows <= 8 ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
+  const bool by_position = s->geometry.budget != 0 && s->positions > 1;  // ItemWalk::kByPosition
+  s->n_tiles = rows <= 8 && !by_position ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
   s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
   // A page may be read sealed by some rows and open by others.
   s->splits = splits_of(limits.max_pages + 1, s->split_rule);

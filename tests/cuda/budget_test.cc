@@ -236,8 +236,9 @@ TEST(CudaBudget, VerifyAndLongerSteps) {
   SKIP_WITHOUT_DEVICE();
   int64_t shared = 0, apart = 0;
   for (const int64_t queries : {2, 3, 8, 16, 40}) {
-    for (const int64_t length : {0, 60, 505, 2000}) {
-      for (const int64_t group : {4, 16}) {
+    for (const int64_t length : {0, 60, 505, 1000}) {
+      for (const int64_t group : {1, 4, 16}) {
+        if (group == 16 && queries != 3 && queries != 16) continue;
         CaseOptions o = options(budget_policy(0.15, 0, 0, 100), length, queries);
         o.shape.q_heads = 2 * group;
         const std::string what = std::to_string(queries) + " queries, length " +
@@ -258,16 +259,17 @@ TEST(CudaBudget, VerifyAndLongerSteps) {
     }
   }
   EXPECT_GT(shared, 5);
-  EXPECT_GT(apart, 50);
+  EXPECT_GT(apart, 30);
 }
 
 TEST(CudaBudget, SkipsByMassBesideTheBudget) {
   SKIP_WITHOUT_DEVICE();
   int64_t skipped = 0;
   for (const int64_t queries : {1, 6}) {
-    LayerPolicy policy = budget_policy(0.1);
-    policy.skip = 0.01;
-    DeviceCase c({options(policy, 3000, queries)});
+    CaseOptions o = options(budget_policy(0.1), 3000, queries);
+    o.policy.skip = 0.04;
+    o.q_gain = 0.7f;
+    DeviceCase c({o});
     check(c, "skip");
     for (const uint8_t d : c.attend().decisions) skipped += d == static_cast<uint8_t>(cuda::Decision::skip);
   }
@@ -324,21 +326,24 @@ TEST(CudaBudget, TiesGoToTheLowerPage) {
     EXPECT_EQ(check_choice(c, c.attend(), "q = 0").tied, 1);
   }
   int64_t tied = 0;
-  for (const int64_t pages : {1, 5, 12, 20, 37, 100}) {
+  for (const int64_t pages : {1, 5, 12, 37}) {
     for (const int64_t queries : {1, 3}) {
-      CaseOptions o = options(budget_policy(0, pages), 64 * 200, queries);
+      CaseOptions o = options(budget_policy(0, pages), 64 * 100, queries);
       o.k_period = 64 * 10;
-      tied += check(o, std::to_string(pages) + " of pages that repeat").tied;
+      DeviceCase c({o});
+      const std::string what = std::to_string(pages) + " of pages that repeat";
+      if (queries == 1) c.check(what, kTightCuda);
+      tied += check_choice(c, c.attend(), what).tied;
     }
   }
-  EXPECT_GT(tied, 20);
+  EXPECT_GT(tied, 15);
 }
 
 // More pages than attend_select holds in shared memory; twice, with many and with few ties.
 TEST(CudaBudget, ManyPages) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(budget_policy(0.05), 400000);
-  o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
+  CaseOptions o = options(budget_policy(0.05), 300000);
+  o.shape = {.kv_heads = 2, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
   for (const int64_t period : {0, 64 * 7}) {
     for (const float gain : {2.5f, 0.0f}) {
       if (period != 0 && gain == 0) continue;
@@ -347,8 +352,8 @@ TEST(CudaBudget, ManyPages) {
       DeviceCase c({o});
       const std::string what = "period " + std::to_string(period) + ", gain " + std::to_string(gain);
       const Tally t = check_choice(c, c.attend(), what);
-      EXPECT_EQ(t.certain, 1) << what;
-      EXPECT_EQ(t.tied, period != 0 || gain == 0 ? 1 : 0) << what;
+      EXPECT_EQ(t.certain, 2) << what;
+      EXPECT_EQ(t.tied, period != 0 || gain == 0 ? 2 : 0) << what;
     }
   }
 }

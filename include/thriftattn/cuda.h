@@ -105,7 +105,7 @@ struct LayerMemory {
 struct BatchTables {
   const int32_t* lengths = nullptr;         // [batch] tokens, this step's included; 0 = idle row
   const int32_t* block_table = nullptr;     // [batch][max_pages] page slots
-  const int32_t* residual_table = nullptr;  // [batch][max_pages][kv_heads] residual slots
+  const int32_t* residual_table = nullptr;  // [batch][max_pages][kv_heads] residual slots, < 2^30
   const int32_t* open_table = nullptr;      // [batch][open_pages]: page p is open in p % open_pages
   // [batch + 1] first row of each sequence's step in q, k, v and out; nullptr: limits.step_tokens
   // each. A sequence's step holds its last offsets[b + 1] - offsets[b] tokens.

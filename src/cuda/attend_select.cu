@@ -256,9 +256,7 @@ __device__ void Selection::write(int n, bool chosen, int32_t residual) const {
   }
 }
 
-// Few registers, so that a block finds a place beside those of attend_prepare, and notes its pages
-// while they work.
-__global__ void __launch_bounds__(kThreads, 2) attend_select(const __grid_constant__ AttendArgs a) {
+__global__ void __launch_bounds__(kThreads) attend_select(const __grid_constant__ AttendArgs a) {
   __shared__ SelectShared shared;
   const int i = blockIdx.x % a.positions, head = blockIdx.x / a.positions, seq = blockIdx.y;
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));

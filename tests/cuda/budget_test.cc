@@ -239,7 +239,8 @@ TEST(CudaBudget, VerifyAndLongerSteps) {
     for (const int64_t length : {0, 60, 505, 1000}) {
       for (const int64_t group : {1, 4, 16}) {
         if (group == 16 && queries != 3 && queries != 16) continue;
-        CaseOptions o = options(budget_policy(0.15, 0, 0, 100), length, queries);
+        // Without `recent`, a page that later positions alone read sealed would be a candidate.
+        CaseOptions o = options(budget_policy(0.15, 0, 0, group == 1 ? 0 : 100), length, queries);
         o.shape.q_heads = 2 * group;
         const std::string what = std::to_string(queries) + " queries, length " +
                                  std::to_string(length) + ", group " + std::to_string(group);
@@ -287,6 +288,12 @@ TEST(CudaBudget, WindowSoftcapSinksOffsetNotCausal) {
       o.k_offset = 3.0f;
       check(o, "window " + std::to_string(window));
     }
+  }
+  // The third position's window is behind page 2, which the first two see.
+  for (const double fraction : {0.3, 1.0}) {
+    CaseOptions o = options(budget_policy(fraction), 777, 5);
+    o.shape.window = 588;
+    check(o, "windows that begin in two pages");
   }
   CaseOptions o = options(budget_policy(0.3), 500, 5);
   o.causal = false;
@@ -339,22 +346,17 @@ TEST(CudaBudget, TiesGoToTheLowerPage) {
   EXPECT_GT(tied, 15);
 }
 
-// More pages than attend_select holds in shared memory; twice, with many and with few ties.
+// More pages than attend_select holds in shared memory; without and with ties at the edge.
 TEST(CudaBudget, ManyPages) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(budget_policy(0.05), 300000);
+  CaseOptions o = options(budget_policy(0.05), 265000);
   o.shape = {.kv_heads = 2, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
   for (const int64_t period : {0, 64 * 7}) {
-    for (const float gain : {2.5f, 0.0f}) {
-      if (period != 0 && gain == 0) continue;
-      o.k_period = period;
-      o.q_gain = gain;
-      DeviceCase c({o});
-      const std::string what = "period " + std::to_string(period) + ", gain " + std::to_string(gain);
-      const Tally t = check_choice(c, c.attend(), what);
-      EXPECT_EQ(t.certain, 2) << what;
-      EXPECT_EQ(t.tied, period != 0 || gain == 0 ? 2 : 0) << what;
-    }
+    o.k_period = period;
+    DeviceCase c({o});
+    const Tally t = check_choice(c, c.attend(), "period " + std::to_string(period));
+    EXPECT_GE(t.certain, 1) << period;
+    EXPECT_EQ(t.tied, period != 0 ? 2 : 0) << period;
   }
 }
 

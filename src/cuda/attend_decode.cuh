@@ -1,18 +1,23 @@
-// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works). A block
-// is a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a
+// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works), and with the
+// code for planes in groups of 32 attend_groups. A block is a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a
 // partial.
 #pragma once
 
 #include "cuda/attend_decode_scores.cuh"
 #include "cuda/attend_decode_values.cuh"
 #include "cuda/attend_decode_walk.cuh"
+#include "cuda/attend_groups_walk.cuh"
 
 namespace thriftattn::cuda {
 
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::run() {
   sort_items();
-  walk_rows();
+  if constexpr (kGroups) {
+    walk_groups();
+  } else {
+    walk_rows();
+  }
   if (others_ == 0 && !__any_sync(0xffffffffu, noted_ != 0)) return;
   // A function of its own, on a copy of its own, so that registers are shared out among the walks
   // without it: kept inline it made them spill.
@@ -78,13 +83,14 @@ __device__ void DecodeWarp<D, NT, Shared>::leave(float* to) const {
   }
 }
 
-template <int D, int NT>
+template <int D, int NT, bool kGroups>
 __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
                                                : D <= 128          ? 2
                                                                    : 1)
     attend_decode(const __grid_constant__ AttendArgs a) {
   extern __shared__ __align__(128) uint8_t shared_bytes[];
-  BlockShared<D, NT>& shared = *reinterpret_cast<BlockShared<D, NT>*>(shared_bytes);
+  using Shared = BlockShared<D, NT, kGroups>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int split = blockIdx.y, seq = blockIdx.z;
   const int head = blockIdx.x / a.row_tiles, tile = blockIdx.x % a.row_tiles;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
@@ -111,14 +117,15 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
     }
   }
   __syncthreads();
-  using Warp = DecodeWarp<D, NT, WarpShared<D, NT>>;
+  using OfWarp = WarpShared<D, NT, kGroups>;
+  using Warp = DecodeWarp<D, NT, OfWarp>;
   Warp::init(shared.warps[warp], threadIdx.x % 32);
   Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, {split, splits, warp, kWarps}),
               shared.warps[warp]);
   decode.run();
 
   constexpr int kRows = 8 * NT, kState = kRows * (D + 2);
-  static_assert(kWarps * kState * 4 <= sizeof(WarpShared<D, NT>) * kWarps);
+  static_assert(kWarps * kState * 4 <= sizeof(OfWarp) * kWarps);
   float* states = reinterpret_cast<float*>(shared_bytes);
   __syncthreads();  // no warp's ring is in use any more
   decode.leave(states + warp * kState);
@@ -146,21 +153,22 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   }
 }
 
-template <int D, int NT>
+template <int D, int NT, bool kGroups>
 void launch_decode_tile(const AttendArgs& a, cudaStream_t stream) {
-  const int bytes = static_cast<int>(sizeof(BlockShared<D, NT>));
-  check(cudaFuncSetAttribute(attend_decode<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             bytes),
-        "attend_decode");
+  const char* name = kGroups ? "attend_groups" : "attend_decode";
+  const int bytes = static_cast<int>(sizeof(BlockShared<D, NT, kGroups>));
+  check(cudaFuncSetAttribute(attend_decode<D, NT, kGroups>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        name);
   const dim3 grid(a.g.kv_heads * a.row_tiles, a.splits, static_cast<unsigned>(a.limits.batch));
-  launch_after_previous(attend_decode<D, NT>, {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)},
-                        a, stream, "attend_decode");
+  launch_after_previous(attend_decode<D, NT, kGroups>,
+                        {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)}, a, stream, name);
 }
 
-template <int D>
+template <int D, bool kGroups>
 void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
-  if (n_tiles == 1) return launch_decode_tile<D, 1>(a, stream);
-  launch_decode_tile<D, 2>(a, stream);
+  if (n_tiles == 1) return launch_decode_tile<D, 1, kGroups>(a, stream);
+  launch_decode_tile<D, 2, kGroups>(a, stream);
 }
 
 }  // namespace thriftattn::cuda

@@ -1,4 +1,4 @@
 // attend_decode for head_dim 192.
 #include "cuda/attend_decode.cuh"
 
-template void thriftattn::cuda::launch_decode<192>(const AttendArgs&, int, cudaStream_t);
+template void thriftattn::cuda::launch_decode<192, false>(const AttendArgs&, int, cudaStream_t);

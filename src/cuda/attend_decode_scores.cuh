@@ -225,7 +225,6 @@ __device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
     barrier_wait(&s_.k_bar[stage], k_used_ / kRing & 1);
     if (u == 0) {
       // Before this stage is given back, because the record may go with it.
-      if (planes) k_factor = record[0] * 128.0f;
       cur.v_scale = record[1];
       cur.v_res_scale = record[3];
 #pragma unroll
@@ -238,10 +237,11 @@ __device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
       // beyond FP32's reach means that the residual is nothing beside the base.
       bool adds = true;
       if (u == 1) {
-        const float ratio = record[0] / record[2];
+        const float unit = record[2] * Nvfp4Plane::kUnit;
+        const float ratio = k_factor / unit;
         adds = ratio < 0x1p60f;
         if (adds) {
-          k_factor = record[2] * 128.0f;
+          k_factor = unit;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -254,14 +254,18 @@ __device__ void DecodeWarp<D, NT, Shared>::scores(int n, Pending& cur) {
       }
       if (adds) {
         const uint2* q = query_nvfp4();
-        SliceAddress from = k_slice<D>(s_.k[stage], lane_);
+        with_plane<kGroups>(u == 0 ? a_.g.k.kind : SideKind::nvfp4, [&]<class Format>(Format) {
+          const int top = Format::template largest_scale<D>(s_.k[stage], lane_);
+          if (u == 0) k_factor = Format::key_unit(record[0], top);
+          SliceAddress from = k_slice<D, Format>(s_.k[stage], lane_);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score_slice<D, NT>(
-              from, [&](int t, int step) { return q[(t * (D / 16) + step) * 32]; }, s[i]);
-          from.codes += 16 * (D / 2);
-          from.scales += 16 * (D / 16);
-        }
+          for (int i = 0; i < 4; ++i) {
+            score_slice<D, NT, Format>(
+                from, [&](int t, int step) { return q[(t * (D / 16) + step) * 32]; }, s[i], top);
+            from.codes += 16 * Format::row_bytes(D);
+            from.scales += 16 * (D / Format::kGroup);
+          }
+        });
       }
     } else if (a_.g.k.kind == SideKind::fp8) {
 #pragma unroll

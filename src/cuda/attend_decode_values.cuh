@@ -43,13 +43,9 @@ __device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows,
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t x = p[i][n][h];
-        const float2 y = __half22float2(reinterpret_cast<const __half2&>(x));
-        const __nv_bfloat162 top = __floats2bfloat162_rn(y.x, y.y);
-        const float2 back = __bfloat1622float2(top);
-        const __nv_bfloat162 rest = __floats2bfloat162_rn(y.x - back.x, y.y - back.y);
-        high[n][h] = reinterpret_cast<const uint32_t&>(top);
-        low[n][h] = reinterpret_cast<const uint32_t&>(rest);
+        const BrainPair pair = split_weights(p[i][n][h]);
+        high[n][h] = pair.high;
+        low[n][h] = pair.low;
       }
     }
   }
@@ -176,15 +172,17 @@ __device__ void DecodeWarp<D, NT, Shared>::values(Pending& p, Pending& next) {
     uint8_t* at = s_.v[stage];
     barrier_wait(&s_.v_bar[stage], v_used_ / kRing & 1);
     if (planes) {
-      if (u == 0) add_mean<D, NT>(at + 36 * D, lane_, lf, o_);
+      if (u == 0) add_mean<D, NT>(at + plane_bytes(a_.g.v), lane_, lf, o_);
       if (!p.mean_only) {
-        const float scale = (u == 0 ? p.v_scale : p.v_res_scale) * 128.0f;
-        float factor[2 * NT];
+        with_plane<kGroups>(u == 0 ? a_.g.v.kind : SideKind::nvfp4, [&]<class Format>(Format) {
+          const float scale = (u == 0 ? p.v_scale : p.v_res_scale) * Format::kUnit;
+          float factor[2 * NT];
 #pragma unroll
-        for (int c = 0; c < 2 * NT; ++c) factor[c] = f[c] * scale;
-        add_values<D, NT, 4>(
-            at, lane_, [&](int i, int n) { return make_uint2(p.p[i][n][0], p.p[i][n][1]); }, factor,
-            o_);
+          for (int c = 0; c < 2 * NT; ++c) factor[c] = f[c] * scale;
+          add_values<D, NT, 4, Format>(
+              at, lane_, [&](int i, int n) { return make_uint2(p.p[i][n][0], p.p[i][n][1]); },
+              factor, o_);
+        });
       }
     } else {
       // Rows that do not exist have P = 0, but their bytes may be anything.

@@ -10,10 +10,12 @@
 namespace thriftattn::cuda {
 
 // P = 2^(s - m_ + 8) of scores that are s - m_ + 8 already, and each column's sum. Where a score is
-// far above the reference m_, that is raised: rarely after the first pages.
+// far above the reference m_, that is raised, and with it `waiting`, the factors of what is not added
+// yet: rarely after the first pages.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2],
-                                                 float (&sum)[2 * NT]) {
+                                                 float (&sum)[2 * NT],
+                                                 float (&waiting)[2 * NT]) {
   bool above = fresh_;
   float top[2 * NT];
 #pragma unroll
@@ -36,6 +38,7 @@ __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t 
       move[c] = fresh_ ? 1.0f : exp2_approx(-up);  // nothing is there to be moved
       m_[c] += up;
       l_[c] *= move[c];
+      waiting[c] *= move[c];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         s[i][c / 2][c & 1] -= up;
@@ -123,7 +126,7 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_rows() {
     }
     for (uint32_t left = items; left != 0; left &= left - 1) {
       uint32_t p[4][NT][2];
-      float s[4][NT][4], sum[2 * NT], factor[2 * NT];
+      float s[4][NT][4], sum[2 * NT], factor[2 * NT] = {};
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
 #pragma unroll
@@ -146,7 +149,7 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_rows() {
           for (int e = 0; e < 4; ++e) s[i][t][e] += 8.0f - m_[2 * t + (e & 1)];
         }
       }
-      weigh(s, p, sum);
+      weigh(s, p, sum, factor);  // nothing waits
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         l_[c] += sum[c];

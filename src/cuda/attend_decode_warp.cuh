@@ -12,7 +12,8 @@
 // 16 tokens is token r ^ (r >> 1 & 1): so V's four rows fall on different banks.
 //
 // Whole pages of BF16 rows go through a short loop of their own (attend_decode_walk.cuh), with one
-// running softmax reference; the rest - the open page, pages that a window cuts, other formats,
+// running softmax reference, and so do those of planes of which one has groups of 32
+// (attend_groups_walk.cuh); the rest - the open page, pages that a window cuts, other formats,
 // rows that differ - through walk_rest(), where each page has a reference of its own. Where both
 // sides are NVFP4 planes, attend_planes takes the whole pages and calls this for the rest. O is
 // FP32 and takes a page with one factor a row, into which the page scale goes. A row that skips a
@@ -43,8 +44,9 @@ struct StageSizes {
   static_assert(16 * kRowStride <= kK && 32 * (D + 4) <= kK);
 };
 
-template <int D, int NT>
+template <int D, int NT, bool kWithGroups>
 struct WarpShared {
+  static constexpr bool kGroups = kWithGroups;
   static constexpr int kRing = 2;  // stages of K, and of V
   alignas(64) uint8_t k[kRing][StageSizes<D>::kK];
   uint8_t v[kRing][StageSizes<D>::kV];
@@ -53,15 +55,16 @@ struct WarpShared {
   uint64_t k_bar[kRing], v_bar[kRing];
 };
 
-template <int D, int NT>
+template <int D, int NT, bool kGroups>
 struct BlockShared {
-  WarpShared<D, NT> warps[kWarps];
+  WarpShared<D, NT, kGroups> warps[kWarps];
   TileRows<NT> rows;
 };
 // Three blocks an SM: (228 KB - 3 * 1 KB) / 3.
-static_assert(sizeof(BlockShared<128, 1>) <= 76800);
+static_assert(sizeof(BlockShared<128, 1, true>) <= 76800);
 
-// Shared has the rings of copies: kRing, k, v, record, notes, k_bar, v_bar, as WarpShared.
+// Shared has the rings of copies: kRing, k, v, record, notes, k_bar, v_bar, as WarpShared; and kGroups
+// where the code that reads MXFP4 and INT3 planes is wanted.
 template <int D, int NT, class Shared>
 class DecodeWarp : ItemWalk<D, NT> {
  public:
@@ -119,6 +122,7 @@ class DecodeWarp : ItemWalk<D, NT> {
       Base::residual_in_reach, Base::always_full, Base::skippable, Base::side_at, Base::residual_at,
       Base::query_nvfp4, Base::decision_at;
   static constexpr int kRing = Shared::kRing;
+  static constexpr bool kGroups = Shared::kGroups;
   // The reference of an empty sum: finite, so that differences are.
   static constexpr float kEmpty = -1e30f;
 
@@ -133,6 +137,10 @@ class DecodeWarp : ItemWalk<D, NT> {
     bool mean_only = false;
   };
 
+  // Of a base plane.
+  __device__ static int plane_bytes(const SideGeometry& side) {
+    return kGroups ? side.plane_bytes() : 36 * D;
+  }
   __device__ static int units_of(const SideGeometry& side, int kind, int held) {
     if (side.layered() && kind != kItemOpen) return kind == kItemSealed ? 1 : 2;
     return side.kind == SideKind::fp8 ? (held + 31) / 32 : (held + 15) / 16;
@@ -165,6 +173,7 @@ class DecodeWarp : ItemWalk<D, NT> {
     }
   }
   __device__ void walk_rows();
+  __device__ void walk_groups();
   // The first page is weighed relative to 0, and sets the reference.
   __device__ void begin_walk() {
 #pragma unroll
@@ -172,7 +181,8 @@ class DecodeWarp : ItemWalk<D, NT> {
       if (fresh_) m_[c] = 0;
     }
   }
-  __device__ void weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2], float (&sum)[2 * NT]);
+  __device__ void weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2], float (&sum)[2 * NT],
+                        float (&waiting)[2 * NT]);
   __device__ void write_tile_decisions(int page, Decision decision) const;
   __device__ void sort_items();
   __device__ bool next_item();
@@ -220,14 +230,18 @@ class DecodeWarp : ItemWalk<D, NT> {
 // Tells simple items from others.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
-  const bool walks =
-      a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16 && a_.softcap == 0;
+  const bool kinds = kGroups ? a_.g.k.layered() && a_.g.v.layered()
+                             : a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16;
+  const bool walks = kinds && a_.softcap == 0;
+  // What the mass decides for several positions at once is decide()'s.
+  const int decided = v_.i_first == v_.i_last ? 0 : kItemPromotable | kItemSkippable;
   for (int base = 0; base < items_; base += 32) {
     const int n = base + lane_;
     bool simple = false;
     if (walks && exists(n)) {
       const int flags = describe(n).flags;
-      simple = (flags & (kItemKind | kItemMixed | kItemWhole)) == (kItemSealed | kItemWhole);
+      simple = (flags & (kItemKind | kItemMixed | kItemWhole | decided)) ==
+               (kItemSealed | kItemWhole);
     }
     const uint32_t chosen = __ballot_sync(0xffffffffu, simple);
     const uint32_t exist = __ballot_sync(0xffffffffu, exists(n));
@@ -290,11 +304,12 @@ __device__ void DecodeWarp<D, NT, Shared>::issue_k() {
       copy.expect(kRecord);
     }
     if (a_.g.k.layered() && note.kind() != kItemOpen) {
-      copy.begin(36 * D);
+      const int bytes = first ? plane_bytes(a_.g.k) : 36 * D;
+      copy.begin(bytes);
       copy.copy(s_.k[stage], 0,
                 first ? side_at(a_.g.k, note.slot) + a_.g.k.codes
                       : residual_at(note.residual) + a_.g.k.res_codes,
-                0, 36 * D, 1);
+                0, bytes, 1);
     } else {
       issue_rows(copy, s_.k[stage], a_.g.k, rows_at(a_.g.k, note, 0), k_unit_, note.held());
     }
@@ -332,8 +347,8 @@ __device__ void DecodeWarp<D, NT, Shared>::issue_v(Pending& first, Pending& seco
     uint8_t* to = s_.v[stage];
     if (a_.g.v.layered() && note.kind() != kItemOpen) {
       // Codes, scales and mean lie side by side.
-      const int skipped = mean_only ? 36 * D : 0;
-      const int bytes = unit == 0 ? 38 * D - skipped : 36 * D;
+      const int skipped = mean_only ? plane_bytes(a_.g.v) : 0;
+      const int bytes = unit == 0 ? plane_bytes(a_.g.v) + 2 * D - skipped : 36 * D;
       copy.begin(bytes);
       copy.copy(to + skipped, 0,
                 unit == 0 ? side_at(a_.g.v, note.slot) + a_.g.v.codes + skipped

@@ -45,7 +45,8 @@ void launch_walk(const AttendPlan::State& plan, const AttendArgs& args, cudaStre
   }
   for_head_dim(a.g.k.dim, [&](auto dim) {
     if (plan.planes) return launch_planes<dim.value>(a, plan.n_tiles, stream);
-    launch_decode<dim.value>(a, plan.n_tiles, stream);
+    if (a.g.any_grouped()) return launch_decode<dim.value, true>(a, plan.n_tiles, stream);
+    launch_decode<dim.value, false>(a, plan.n_tiles, stream);
   });
 }
 

@@ -17,8 +17,9 @@ void launch_merge(const AttendArgs& a, cudaStream_t stream);
 
 // The kernel of the plan between the two.
 void launch_walk(const AttendPlan::State& plan, const AttendArgs& a, cudaStream_t stream);
-// attend_decode<dim, n_tiles>, instantiated in attend_decode_<dim>.cu.
-template <int Dim>
+// attend_decode<dim, n_tiles>, instantiated in attend_decode_<dim>.cu; with the code for planes in
+// groups of 32 it is attend_groups, instantiated in attend_groups_<dim>.cu.
+template <int Dim, bool kGroups>
 void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 // attend_planes<dim, n_tiles>, instantiated in attend_planes_<dim>.cu.
 template <int Dim>

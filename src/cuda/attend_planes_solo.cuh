@@ -18,6 +18,7 @@ inline constexpr int kSoloBlocks = planes_blocks(D, 1);
 template <int D>
 struct SoloShared {
   static constexpr int kRing = 1;
+  static constexpr bool kGroups = false;
   alignas(128) uint8_t k[1][36 * D];
   alignas(128) uint8_t v[1][38 * D];  // at the end of a unit, the sums
   alignas(16) uint2 p[2][4][1][32];

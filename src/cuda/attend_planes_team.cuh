@@ -50,6 +50,7 @@ template <int D, int NT>
 struct TeamShared {
   using Shape = TeamShape<D, NT>;
   static constexpr int kRing = 2;
+  static constexpr bool kGroups = false;
   alignas(128) uint8_t k[Shape::kPlaneStages][36 * D];
   alignas(128) uint8_t v[Shape::kSlots][38 * D];
   alignas(16) uint2 p[Shape::kSlots][4][NT][32];

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
       workspace_at<float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + first_row;
   // attend_planes starts from floors; else without a rule nobody asks for one but the caller.
   const bool asked =
-      !v.prefill && ((a.g.k.layered() && a.g.v.layered()) || a.call.lse_floor != nullptr ||
+      !v.prefill && (a.g.nvfp4_planes() || a.call.lse_floor != nullptr ||
                      a.g.promote < 1.0f || a.g.skip > 0.0f);
   clear_sums();
   __syncthreads();

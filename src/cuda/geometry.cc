@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include "formats/format_info.h"
+#include "formats/plane_codec.h"
 #include "thriftattn/error.h"
 
 namespace thriftattn::cuda {
@@ -28,9 +29,16 @@ SideGeometry side_geometry(const char* name, const SideLayout& side) {
     case Format::nvfp4:
       g.kind = SideKind::nvfp4;
       break;
+    case Format::mxfp4:
+      g.kind = SideKind::mxfp4;
+      break;
+    case Format::int3:
+      g.kind = SideKind::int3;
+      break;
     default:
       unsupported("storage format", fmt::format("{} in {}", name, to_string(side.format)),
-                  "nvfp4, nvfp4x2, fp8_e4m3, bf16", "kernels of the other formats");
+                  "nvfp4, nvfp4x2, mxfp4, int3, fp8_e4m3, bf16",
+                  "kernels of the other formats");
   }
   if (side.dim != 64 && side.dim != 128 && side.dim != 192 && side.dim != 256) {
     unsupported("head_dim", fmt::format("{} of {}", side.dim, name), "64, 128, 192, 256",
@@ -45,13 +53,15 @@ SideGeometry side_geometry(const char* name, const SideLayout& side) {
   g.res_scales = static_cast<int32_t>(side.res_scales);
   g.rows = static_cast<int32_t>(side.rows);
   g.row_bytes = static_cast<int32_t>(side.row_bytes);
-  if (g.kind == SideKind::nvfp4 &&
-      (side.scales != side.codes + 32 * side.dim || side.mean != side.codes + 36 * side.dim ||
+  if (g.layered() &&
+      (side.scales != side.codes + plane_codes_bytes(side.format, side.dim) ||
+       side.mean != side.scales + plane_scales_bytes(side.format, side.dim) ||
        side.res_scales != side.res_codes + 32 * side.dim)) {
     unsupported("page layout", "codes, scales and mean of a plane side by side", "page format 2",
                 "kernels of other layouts");
   }
   g.always_full = side.format == Format::nvfp4x2;
+  g.rotated = side.rotated;
   g.range_max = format_info(side.format).range_max;
   return g;
 }

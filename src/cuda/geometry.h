@@ -10,20 +10,24 @@
 namespace thriftattn::cuda {
 
 // How the rows of one side are stored.
-enum class SideKind : int32_t { bf16, fp8, nvfp4 };
+enum class SideKind : int32_t { bf16, fp8, nvfp4, mxfp4, int3 };
 
 struct SideGeometry {
   SideKind kind = SideKind::bf16;
   int32_t dim = 0;
   int32_t head_bytes = 0;                    // stride between KV heads in a page slot
   int64_t start = 0;                         // of head 0 in a page slot
-  int32_t codes = 0, scales = 0, mean = 0;   // nvfp4: offsets from the start of the head's side
-  int32_t res_codes = 0, res_scales = 0;     // nvfp4: offsets in a residual slot
+  int32_t codes = 0, scales = 0, mean = 0;   // layered: offsets from the start of the head's side
+  int32_t res_codes = 0, res_scales = 0;     // layered: offsets in a residual slot; NVFP4 always
   int32_t rows = 0, row_bytes = 0;           // bf16, fp8
   int32_t always_full = 0;                   // nvfp4x2: the residual is always read
+  int32_t rotated = 0;                       // V is stored as H.x
   float range_max = 0;                       // |x| beyond it is refused
 
-  constexpr bool layered() const { return kind == SideKind::nvfp4; }
+  constexpr bool layered() const { return kind >= SideKind::nvfp4; }
+  // Base planes that only the kernels for groups of 32 read.
+  constexpr bool grouped() const { return kind > SideKind::nvfp4; }
+  constexpr int32_t plane_bytes() const { return mean - codes; }  // of the base: codes and scales
 };
 
 struct Geometry {
@@ -46,6 +50,11 @@ struct Geometry {
   double budget_fraction = 0;
 
   constexpr bool any_layered() const { return k.layered() || v.layered(); }
+  constexpr bool any_grouped() const { return k.grouped() || v.grouped(); }
+  // Both sides are NVFP4: attend_planes.
+  constexpr bool nvfp4_planes() const {
+    return k.kind == SideKind::nvfp4 && v.kind == SideKind::nvfp4;
+  }
 };
 
 // Throws Error(unsupported), naming required / supported / missing, for what no kernel serves.

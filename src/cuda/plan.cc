@@ -107,7 +107,7 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   s->positions = std::min(limits.step_tokens, kMaxPositions);
   const int64_t rows = s->positions * s->geometry.group;
   s->multiprocessors = device.multiprocessors;
-  s->planes = s->geometry.k.layered() && s->geometry.v.layered();
+  s->planes = s->geometry.nvfp4_planes();
   s->split_rule = s->planes ? kPlanesSplits : kDecodeSplits;
   const bool by_position = s->geometry.budget != 0 && s->positions > 1;  // ItemWalk::kByPosition
   s->n_tiles = rows <= 8 && !by_position ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
@@ -133,8 +133,12 @@ std::string AttendPlan::explain() const {
   const std::string decode = fmt::format(
       "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
       "of at least {} pages, K {}, V {}{}, workspace {:.1f} MB",
-      s.planes ? "attend_planes" : "attend_decode", s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k,
-      s.row_tiles, s.splits, s.split_rule.min_items,
+      s.planes                     ? "attend_planes"
+      : s.geometry.any_grouped() ? "attend_groups"
+                                   : "attend_decode",
+      s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k,
+      s.row_tiles, s.splits,
+      s.planes && !s.limits.batch_invariant ? kLeastPlaces : s.split_rule.min_items,
       to_string(s.policy.k_format), to_string(s.policy.v_format), explain_budget(s.geometry),
       static_cast<double>(s.workspace.bytes) * 1e-6);
   if (s.limits.step_tokens <= kMaxPositions) return decode;

@@ -87,7 +87,7 @@ struct AttendPlan::State {
   int major = 0, minor = 0;
   int multiprocessors = 1;
   int slots = 0;        // blocks of attend_planes that the device holds at a time
-  bool planes = false;  // attend_planes, for two NVFP4 sides; else attend_decode
+  bool planes = false;  // attend_planes, for two NVFP4 sides; else attend_decode or attend_groups
   SplitRule split_rule;
   int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1, 2 or 4
   int row_tiles = 1;    // blocks over the rows of a (sequence, KV head)

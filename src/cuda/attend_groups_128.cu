@@ -1,0 +1,4 @@
+// attend_groups for head_dim 128.
+#include "cuda/attend_decode.cuh"
+
+template void thriftattn::cuda::launch_decode<128, true>(const AttendArgs&, int, cudaStream_t);

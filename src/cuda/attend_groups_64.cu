@@ -1,0 +1,4 @@
+// attend_groups for head_dim 64.
+#include "cuda/attend_decode.cuh"
+
+template void thriftattn::cuda::launch_decode<64, true>(const AttendArgs&, int, cudaStream_t);

@@ -94,7 +94,8 @@ __device__ void plain_page(const AppendArgs& a, int side_index, int head, int se
   if (threadIdx.x == 0 && refused != INT32_MAX) report(a.call.status, side_index, seq, head, refused);
 }
 
-template <int kDim>
+// kGroups: for layers with a side in groups of 32 (append_groups.cuh).
+template <int kDim, bool kGroups>
 __global__ void __launch_bounds__(PageShape<kDim>::kThreads, kBlocksPerSm<kDim>)
     append_pages(const __grid_constant__ AppendArgs a) {
   __shared__ PageShared<kDim> shared;
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, kBlocksPerSm<kDim>)
   }
   for (; page < end; ++page) {
     const PageWork work = page < begin ? PageWork::reference_only : PageWork::whole;
-    if (!encoder.page(first + page, work, page >= begin)) return;
+    if (!encoder.template page<kGroups>(first + page, work, page >= begin)) return;
   }
 }
 
 // Runs of K that began with a reference which the page before them does not have.
-template <int kDim>
+template <int kDim, bool kGroups>
 __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
     append_repair(const __grid_constant__ AppendArgs a) {
   constexpr int kVectors = kDim / 8;  // of a reference, 16 bytes each
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
     begun = true;
     for (int differs = 1; differs;) {
       encoder.load_reference(first + page);
-      if (!encoder.page(first + page, PageWork::whole, false)) return;
+      if (!encoder.template page<kGroups>(first + page, PageWork::whole, false)) return;
       ++page;
       differs = page < pages && threadIdx.x < kVectors &&
                 !encoder.reference_holds(first + page, threadIdx.x);
@@ -168,12 +169,13 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
   }
 }
 
-template <int kDim>
+template <int kDim, bool kGroups>
 void launch(const AppendArgs& args, const dim3& grid, bool repairs, Stream stream) {
-  append_pages<kDim><<<grid, PageShape<kDim>::kThreads, 0, stream>>>(args);
+  append_pages<kDim, kGroups><<<grid, PageShape<kDim>::kThreads, 0, stream>>>(args);
   check_launch("append_pages");
   if (!repairs) return;
-  append_repair<kDim><<<dim3(args.g.kv_heads, grid.y), PageShape<kDim>::kThreads, 0, stream>>>(args);
+  const dim3 walks(args.g.kv_heads, grid.y);
+  append_repair<kDim, kGroups><<<walks, PageShape<kDim>::kThreads, 0, stream>>>(args);
   check_launch("append_repair");
 }
 
@@ -198,7 +200,10 @@ void launch_append(const AttendPlan::State& plan, const AppendCall& call, Stream
                   static_cast<unsigned>(plan.limits.batch));
   // A run that begins within kWarmup pages of the step's first walks from there.
   const bool repairs = g.k.layered() && g.center && pages > kWarmup + 1;
-  for_head_dim(g.k.dim, [&](auto dim) { launch<dim.value>(args, grid, repairs, stream); });
+  for_head_dim(g.k.dim, [&](auto dim) {
+    if (g.any_grouped()) return launch<dim.value, true>(args, grid, repairs, stream);
+    launch<dim.value, false>(args, grid, repairs, stream);
+  });
 }
 
 }  // namespace thriftattn::cuda

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 
 #include "cuda/append_block.cuh"
+#include "cuda/append_groups.cuh"
 #include "cuda/device_tables.cuh"
 
 namespace thriftattn::cuda {
@@ -171,7 +172,9 @@ class PageEncoder {
   }
 
   // Does one page; of K, shared memory then has the reference of the page behind it. False where a
-  // value was refused, and K's references behind it mean nothing.
+  // value was refused, and K's references behind it mean nothing. kGroups: with the code for planes in
+  // groups of 32.
+  template <bool kGroups>
   __device__ bool page(int page, PageWork work, bool reports);
 
  private:
@@ -197,6 +200,7 @@ class PageEncoder {
   __device__ void stage(int page, PageWork work, float (&x)[2][16]) const;
   __device__ float column_mean() const;
   __device__ void center(int page, PageWork work, float (&x)[2][16]);
+  template <bool kGroups>
   __device__ void encode(int page, float (&x)[2][16]);
   __device__ void finish(int page, float scale, float residual_scale);
 
@@ -262,7 +266,7 @@ __device__ __forceinline__ int PageEncoder<kDim>::load(int page, float (&x)[2][1
 template <int kDim>
 __device__ __forceinline__ void PageEncoder<kDim>::rotate(float (&x)[16]) const {
   constexpr int kRotated = kDim & -kDim;
-  if (a_.call.memory.equalizer != nullptr) {
+  if (side_ == 0 && a_.call.memory.equalizer != nullptr) {
     const auto* factors = reinterpret_cast<const float4*>(s_.equalizer) + block_;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -270,7 +274,7 @@ __device__ __forceinline__ void PageEncoder<kDim>::rotate(float (&x)[16]) const 
       x[4 * q] *= f.x, x[4 * q + 1] *= f.y, x[4 * q + 2] *= f.z, x[4 * q + 3] *= f.w;
     }
   }
-  if (!a_.g.rotate) return;
+  if (side_ == 0 && !a_.g.rotate) return;
 #pragma unroll
   for (int step = 1; step < 16; step *= 2) {
 #pragma unroll
@@ -323,8 +327,10 @@ __device__ __forceinline__ void PageEncoder<kDim>::stage(int page, PageWork work
       row[0] = {words[0], words[1], words[2], words[3]};
       row[1] = {words[4], words[5], words[6], words[7]};
     }
-    // V in BF16 is what it was.
-    if (side_ == 0 || a_.call.element != Element::bf16 || token + r < first_token) unpack_bf16(words, x[r]);
+    // V in BF16 is what it was, unless it is rotated.
+    if (side_ == 0 || side().rotated || a_.call.element != Element::bf16 || token + r < first_token) {
+      unpack_bf16(words, x[r]);
+    }
   }
 }
 
@@ -400,6 +406,7 @@ __device__ __forceinline__ int sum_of_lane(int lane) { return lane % 2 * 2 + lan
 
 // Base and residual plane of x, and the metadata. Nothing where a value is not finite by now.
 template <int kDim>
+template <bool kGroups>
 __device__ __forceinline__ void PageEncoder<kDim>::encode(int page, float (&x)[2][16]) {
   uint8_t* slot = side_of(page_slot(a_.call.memory, t_, a_.g, page), side(), head_);
   uint8_t* residual = residual_slot(a_.call.memory, t_, a_.g, page, head_);
@@ -420,7 +427,9 @@ __device__ __forceinline__ void PageEncoder<kDim>::encode(int page, float (&x)[2
     __syncthreads();  // also: the decoded rows' sums are there
     bits = __reduce_max_sync(0xffffffffu, s_.amax[plane][lane % Shape::kWarps]);
     if (bits >= 0x7f800000u) return;
-    const float scale = page_scale_of(__uint_as_float(bits));
+    const bool groups = kGroups && plane == 0 && side().grouped();
+    const float scale = groups ? group_page_scale(side().kind, __uint_as_float(bits))
+                               : page_scale_of(__uint_as_float(bits));
     (plane == 0 ? scales[0] : scales[1]) = scale;
     const PageDivisor divisor(scale);
 
@@ -435,17 +444,26 @@ __device__ __forceinline__ void PageEncoder<kDim>::encode(int page, float (&x)[2
     double sums[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const EncodedBlock out =
-          encode_block(x[r], largest[r], divisor, s_.facts, [&](int quarter, const float4& v) {
-            if (!keeps) return;
-            float4& sum = *s_.row_sum(pair_, block_, quarter);
-            if (r == 0) {
-              sum = v;
-            } else {
-              const float4 above = sum;
-              sum = {above.x + v.x, above.y + v.y, above.z + v.z, above.w + v.w};
-            }
-          });
+      const auto keep = [&](int quarter, const float4& v) {
+        if (!keeps) return;
+        float4& sum = *s_.row_sum(pair_, block_, quarter);
+        if (r == 0) {
+          sum = v;
+        } else {
+          const float4 above = sum;
+          sum = {above.x + v.x, above.y + v.y, above.z + v.z, above.w + v.w};
+        }
+      };
+      if constexpr (kGroups) {
+        if (groups) {
+          const SideKind kind = side().kind;
+          store_half_group(kind, encode_half_group(kind, x[r], largest[r], scale, s_.facts, keep),
+                           at + r * Shape::kBlocks, codes, block_scales);
+          add_squares(x[r], sums);
+          continue;
+        }
+      }
+      const EncodedBlock out = encode_block(x[r], largest[r], divisor, s_.facts, keep);
       if (stores) {
         reinterpret_cast<uint2*>(codes)[at + r * Shape::kBlocks] = out.codes;
         block_scales[at + r * Shape::kBlocks] = static_cast<uint8_t>(out.scale);
@@ -508,14 +526,17 @@ __device__ __forceinline__ void PageEncoder<kDim>::finish(int page, float scale,
 }
 
 template <int kDim>
+template <bool kGroups>
 __device__ __forceinline__ bool PageEncoder<kDim>::page(int page, PageWork work, bool reports) {
   float x[2][16];
   open_ = open_slot(a_.call.memory, t_, a_.g, page);
   const int bad = load(page, x);
   const bool full = (page + 1) * kTokens <= length();
-  if (side_ == 0) {
+  if (side_ == 0 || (kGroups && side().rotated)) {
     rotate(x[0]);
     rotate(x[1]);
+  }
+  if (side_ == 0) {
     if (work == PageWork::whole && page * kTokens >= first_token()) {
       for (int i = threadIdx.x; i < kDim; i += Shape::kThreads) {
         open_reference(open_)[column_at<kDim>(i)] = f32_to_bf16(s_.reference[i]);
@@ -539,7 +560,7 @@ __device__ __forceinline__ bool PageEncoder<kDim>::page(int page, PageWork work,
   }
   if (!full) return true;
   center(page, work, x);
-  if (work == PageWork::whole) encode(page, x);
+  if (work == PageWork::whole) encode<kGroups>(page, x);
   return true;
 }
 

@@ -1,4 +1,5 @@
-// attend_merge: a row's output from the partials of its splits, and the sink.
+// attend_merge: a row's output from the partials of its splits, and the sink; brought back to V's basis
+// where V is stored rotated.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,6 +23,22 @@ __device__ void store_out(const AttendCall& c, int64_t i, float x) {
 
 constexpr int kMergeGroups = 8;  // of threads, each with every eighth split
 constexpr int kMergeSplits = kMaxSplits / kMergeGroups;
+
+// Element d of the row's Hadamard transform, whose element d is x; by all threads of the block.
+__device__ float rotate_back(float x, int d, int dim, float factor, float (&row)[kMergeGroups][256]) {
+  for (int step = 1; step < 32; step *= 2) {
+    const float other = __shfl_xor_sync(~0u, x, step);
+    x = d & step ? other - x : x + other;
+  }
+  const int block = dim & -dim;
+  for (int step = 32; step < block; step *= 2) {
+    __syncthreads();  // everybody has read what was there
+    if (d < dim) row[0][d] = x;
+    __syncthreads();
+    if (d < dim) x = d & step ? row[0][d ^ step] - x : x + row[0][d ^ step];
+  }
+  return x * factor;
+}
 
 // One block a row, four dims a thread. All of a thread's reads are in flight before the splits'
 // weights are known. The sums are of fixed groups in a fixed order, whatever the batch.
@@ -96,11 +113,16 @@ __global__ void __launch_bounds__(64 * kMergeGroups)
   *reinterpret_cast<float4*>(&values[group][4 * quad]) = total;
   __syncthreads();
   const int d = threadIdx.x;
+  float value = 0;
+  if (d < dim) {
+    value = ((values[0][d] + values[1][d]) + (values[2][d] + values[3][d])) +
+            ((values[4][d] + values[5][d]) + (values[6][d] + values[7][d]));
+    value = sum > 0 ? value / sum : 0.0f;
+  }
+  if (a.g.v.rotated) value = rotate_back(value, d, dim, a.hadamard_factor, values);
   if (d >= dim) return;
-  const float value = ((values[0][d] + values[1][d]) + (values[2][d] + values[3][d])) +
-                      ((values[4][d] + values[5][d]) + (values[6][d] + values[7][d]));
   const int64_t stride = a.call.out_token_stride ? a.call.out_token_stride : q_heads * dim;
-  store_out(a.call, token * stride + int64_t{q_head} * dim + d, sum > 0 ? value / sum : 0.0f);
+  store_out(a.call, token * stride + int64_t{q_head} * dim + d, value);
   if (d == 0 && a.call.lse != nullptr) {
     a.call.lse[token * q_heads + q_head] = sum > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
   }

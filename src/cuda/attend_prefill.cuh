@@ -18,7 +18,8 @@
 #pragma once
 
 #include "cuda/attend_launch.h"
-#include "cuda/attend_prefill_pages.cuh"
+#include "cuda/attend_prefill_groups.cuh"
+#include "cuda/attend_prefill_rotate.cuh"
 #include "cuda/attend_query.cuh"
 #include "cuda/dependent_launch.cuh"
 
@@ -101,6 +102,7 @@ class PrefillRows {
   };
   template <int kTerms, int kTiles>
   __device__ void run(PrefillShared& shared, const Tiles& tiles);
+  __device__ void rotate_back() { cuda::rotate_back<D>(o_, j_, a_.hadamard_factor); }
   __device__ void store() const;
 
  private:
@@ -473,6 +475,7 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D>()), 1)
       } else {
         rows.template run<1, 1>(shared, tiles);
       }
+      if (a.g.v.rotated) rows.rotate_back();
       rows.store();
     }
   }

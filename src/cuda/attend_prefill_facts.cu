@@ -6,7 +6,9 @@
 #include "cuda/attend_args.cuh"
 #include "cuda/attend_launch.h"
 #include "cuda/dependent_launch.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/plane_formats.cuh"
+#include "formats/int3.h"
+#include "formats/nvfp4.h"
 
 namespace thriftattn::cuda {
 namespace {
@@ -37,7 +39,25 @@ __device__ float largest_bf16(const uint8_t* from, int n, int lane) {
 __device__ int tile_exponent(float top) {
   if (!(top > 0)) return 0;
   const int e = ilogbf(top) + 4;
-  return max(-40, min(120, (e >= 0 ? e / 8 : -((7 - e) / 8)) * 8));
+  return max(-40, min(124, (e >= 0 ? e / 8 : -((7 - e) / 8)) * 8));
+}
+
+// Layered codes of a base plane have values of code * scale * unit (plane_formats.cuh); those of MXFP4,
+// without a page scale, are in units of the tile: of the power of two that the largest has.
+struct PlaneUnit {
+  float unit;     // 0: MXFP4
+  float largest;  // a bound of |x|
+};
+__device__ PlaneUnit plane_unit(const SideGeometry& side, const uint8_t* plane, float page_scale,
+                                int lane) {
+  if (side.kind == SideKind::nvfp4) return {page_scale * Nvfp4Plane::kUnit, page_scale * kNvfp4Max};
+  if (side.kind == SideKind::int3) return {page_scale * Int3Plane::kUnit, page_scale * kInt3Max};
+  uint32_t top = 0;
+  const auto* words = reinterpret_cast<const uint32_t*>(plane + side.scales - side.codes);
+  for (int i = lane; i < side.dim / 2; i += 32) top = __vmaxu4(top, words[i]);
+  top = max(max(top & 255u, top >> 8 & 255u), max(top >> 16 & 255u, top >> 24));
+  top = __reduce_max_sync(0xffffffffu, top);
+  return {0, 6.0f * __uint_as_float(top << 23)};
 }
 
 // The scale of a residual over its base's; a residual of zeros may have a larger one.
@@ -90,8 +110,9 @@ __global__ void __launch_bounds__(32 * kFactsWarps) prefill_facts(const AttendAr
     f.mean_exponent = tile_exponent(largest_bf16(mean, k.dim, lane));
   }
   if (k.layered() && !open_form) {
-    f.k_factor = meta.k_scale * 128.0f;
-    f.k_tile = residual_ratio(meta.k_res_scale, meta.k_scale);
+    const PlaneUnit plane = plane_unit(k, k_side + k.codes, meta.k_scale, lane);
+    f.k_factor = plane.unit > 0 ? plane.unit : power_of_two(tile_exponent(plane.largest));
+    f.k_tile = residual_ratio(meta.k_res_scale * Nvfp4Plane::kUnit, f.k_factor);
   } else {
     const bool bf16 = k.kind != SideKind::fp8;
     const uint8_t* rows = k.layered() ? open + int64_t{head} * kPage * k.dim * 2 : k_side + k.rows;
@@ -103,9 +124,11 @@ __global__ void __launch_bounds__(32 * kFactsWarps) prefill_facts(const AttendAr
   const uint8_t* v_side = slot + s.start + int64_t{head} * s.head_bytes;
   if (s.layered() && !open_form) {
     const float mean = largest_bf16(v_side + s.mean, s.dim, lane);
-    f.v_exponent = tile_exponent(fmaxf(meta.v_scale * 2688.0f, mean));
-    const float factor = meta.v_scale * 128.0f * power_of_two(-f.v_exponent);
-    const float residual = factor * residual_ratio(meta.v_res_scale, meta.v_scale);
+    const PlaneUnit plane = plane_unit(s, v_side + s.codes, meta.v_scale, lane);
+    f.v_exponent = tile_exponent(fmaxf(plane.largest, mean));
+    const float unit = plane.unit > 0 ? plane.unit : power_of_two(f.v_exponent);
+    const float factor = unit * power_of_two(-f.v_exponent);
+    const float residual = factor * residual_ratio(meta.v_res_scale * Nvfp4Plane::kUnit, unit);
     const __half2 both = __floats2half2_rn(factor, residual);
     f.v_factors = reinterpret_cast<const uint32_t&>(both);
   } else {

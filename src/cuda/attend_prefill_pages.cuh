@@ -13,6 +13,7 @@
 #include "cuda/attend_args.cuh"
 #include "cuda/attend_prefill_convert.cuh"
 #include "cuda/attend_prefill_tile.cuh"
+#include "cuda/plane_formats.cuh"
 
 namespace thriftattn::cuda {
 
@@ -24,6 +25,13 @@ __device__ inline int prefill_k_tiles(const AttendArgs& a) {
 
 // What a filling warpgroup fills.
 inline constexpr int kFillKeys = 1, kFillValues = 2;
+
+// What codes of a base plane are multiplied with beside their scales: an FP16 pair; of MXFP4 the power
+// of two that is the tile's unit.
+struct BaseFactor {
+  uint32_t factor;
+  int exponent;
+};
 
 template <int D, int kSides>
 class PrefillPages {
@@ -99,6 +107,9 @@ class PrefillPages {
   __device__ void fetch_facts(int batch) const;
   __device__ void fetch_means(int batch) const;
   __device__ void fetch_blocks(uint32_t tile, const uint8_t* plane, int behind) const;
+  template <class Format>
+  __device__ void fetch_groups(uint32_t tile, const uint8_t* plane) const;
+  __device__ void fetch_base(const SideGeometry& side, uint32_t tile, const uint8_t* plane) const;
   __device__ void fetch_rows(uint32_t tile, const uint8_t* rows, int tokens) const;
   __device__ void fetch_fp8(uint32_t tile, const uint8_t* rows, int tokens) const;
   __device__ void fetch_k(int item, int part, uint32_t tile) const;
@@ -109,9 +120,12 @@ class PrefillPages {
   template <bool kBoth, bool kMean>
   __device__ void expand_blocks(uint32_t tile, uint32_t factor, uint32_t residual,
                                 uint32_t mean) const;
+  template <class Format, bool kBoth, bool kMean>
+  __device__ void expand_groups(uint32_t tile, const BaseFactor& base, uint32_t residual,
+                                uint32_t mean) const;
   template <bool kMean>
-  __device__ void expand_planes(uint32_t tile, const PageFacts& f, uint32_t factor,
-                                uint32_t residual, uint32_t mean) const;
+  __device__ void expand_planes(const SideGeometry& side, uint32_t tile, bool both,
+                                const BaseFactor& base, uint32_t residual, uint32_t mean) const;
   template <bool kScaled>
   __device__ void expand_rows(uint32_t tile, float up) const;
   template <bool kLeft>
@@ -228,7 +242,7 @@ __device__ void PrefillPages<D, kSides>::fetch_k(int item, int part, uint32_t ti
   const SideGeometry& side = a_.g.k;
   const PageFacts& f = facts(item);
   if (planes(side, f)) {
-    if (part == 0) fetch_blocks(tile, side_at(side, f) + side.codes, 0);
+    if (part == 0) fetch_base(side, tile, side_at(side, f) + side.codes);
     if (f.residual >= 0 && part == k_tiles_ - 1) {
       fetch_blocks(tile, residual_at(side, f), part == 0 ? 1 : 0);
     }
@@ -243,7 +257,7 @@ __device__ void PrefillPages<D, kSides>::fetch_v(int item, int stage) const {
   const PageFacts& f = facts(item);
   const uint32_t tile = tiles_.v + stage * kTile;
   if (!planes(side, f)) return fetch_plain(side, rows_at(side, f, a_.g.open_v), item, tile);
-  fetch_blocks(tile, side_at(side, f) + side.codes, 0);
+  fetch_base(side, tile, side_at(side, f) + side.codes);
   if (f.residual >= 0) fetch_blocks(tile, residual_at(side, f), 1);
   const int lane = thread_ % 32;
   if (lane < D / 8) {
@@ -333,15 +347,25 @@ __device__ void PrefillPages<D, kSides>::expand_blocks(uint32_t tile, uint32_t f
   }
 }
 
+// A base plane, and where it is held the residual.
 template <int D, int kSides>
 template <bool kMean>
-__device__ void PrefillPages<D, kSides>::expand_planes(uint32_t tile, const PageFacts& f,
-                                                       uint32_t factor, uint32_t residual,
-                                                       uint32_t mean) const {
-  if (f.residual < 0) {
-    expand_blocks<false, kMean>(tile, factor, residual, mean);
+__device__ void PrefillPages<D, kSides>::expand_planes(const SideGeometry& side, uint32_t tile,
+                                                       bool both, const BaseFactor& base,
+                                                       uint32_t residual, uint32_t mean) const {
+  const auto expand = [&]<bool kBoth>() {
+    if (side.kind == SideKind::int3) {
+      expand_groups<Int3Plane, kBoth, kMean>(tile, base, residual, mean);
+    } else if (side.kind == SideKind::mxfp4) {
+      expand_groups<Mxfp4Plane, kBoth, kMean>(tile, base, residual, mean);
+    } else {
+      expand_blocks<kBoth, kMean>(tile, base.factor, residual, mean);
+    }
+  };
+  if (both) {
+    expand.template operator()<true>();
   } else {
-    expand_blocks<true, kMean>(tile, factor, residual, mean);
+    expand.template operator()<false>();
   }
 }
 
@@ -409,10 +433,11 @@ __device__ void PrefillPages<D, kSides>::expand_k(uint32_t tile, const PageFacts
   constexpr uint32_t kOne = 0x3c003c00;
   const uint32_t ratio = half_pair(f.k_tile, f.k_tile);
   const bool in_planes = planes(a_.g.k, f);
-  if (in_planes && k_tiles_ == 1) {
-    expand_planes<false>(tile, f, kOne, ratio, 0);
-  } else if (in_planes && (part == 0 || f.residual >= 0)) {
-    expand_blocks<false, false>(tile, part == 0 ? kOne : ratio, 0, 0);
+  if (in_planes && part == 0) {
+    const int exponent = (__float_as_int(f.k_factor) >> 23) - 127;  // of MXFP4's k_factor
+    expand_planes<false>(a_.g.k, tile, k_tiles_ == 1 && f.residual >= 0, {kOne, exponent}, ratio, 0);
+  } else if (in_planes && f.residual >= 0) {
+    expand_blocks<false, false>(tile, ratio, 0, 0);
   } else if (part == 0) {
     expand_plain(a_.g.k, tile, f.k_tile);
   } else if (a_.g.k.kind == SideKind::fp8) {
@@ -430,7 +455,8 @@ __device__ void PrefillPages<D, kSides>::expand_v(uint32_t tile, const PageFacts
   if (planes(a_.g.v, f)) {
     const uint32_t factor = __byte_perm(f.v_factors, 0, 0x1010);
     const uint32_t residual = __byte_perm(f.v_factors, 0, 0x3232);
-    expand_planes<true>(tile, f, factor, residual, shared_address(v_mean(stage)));
+    expand_planes<true>(a_.g.v, tile, f.residual >= 0, {factor, f.v_exponent}, residual,
+                        shared_address(v_mean(stage)));
   } else {
     expand_plain(a_.g.v, tile, power_of_two(-f.v_exponent));
   }

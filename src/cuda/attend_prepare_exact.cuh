@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/attend_prepare_rows.cuh"
+#include "cuda/plane_formats.cuh"
 
 namespace thriftattn::cuda {
 
@@ -70,10 +71,22 @@ __device__ inline uint4 token_chunk(const SideGeometry& k, const ExactPage& x, i
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
   }
+  if (k.kind == SideKind::int3) {
+    const uint8_t* at = x.rows + k.codes + (token * k.dim + d) / 8 * 3;
+    const uint32_t codes = at[0] | at[1] << 8 | at[2] << 16;
+    const float scale = e4m3_to_f32(x.rows[k.scales + (token * k.dim + d) / 32]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] = pack_bf16(int3_value(codes >> 6 * i) * scale, int3_value(codes >> (6 * i + 3)) * scale);
+    }
+    return make_uint4(out[0], out[1], out[2], out[3]);
+  }
   const uint32_t codes =
       *reinterpret_cast<const uint32_t*>(x.rows + k.codes + (token * k.dim + d) / 2);
   // A code's bits where FP32 has the low bits of its exponent are its value * 2^-126.
-  const float scale = e4m3_to_f32(x.rows[k.scales + (token * k.dim + d) / 16]);
+  const float scale = k.kind == SideKind::mxfp4
+                          ? __uint_as_float(x.rows[k.scales + (token * k.dim + d) / 32] << 23)
+                          : e4m3_to_f32(x.rows[k.scales + (token * k.dim + d) / 16]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float pair[2];

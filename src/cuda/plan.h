@@ -101,11 +101,11 @@ struct AttendPlan::State {
 struct alignas(16) PageFacts {
   int32_t slot = -1, residual = -1, open = -1;  // open: the page is read in open form
   int32_t mean_exponent = 0;  // K's mean is FP16 numbers times 2^this
-  float k_factor = 1;         // scores are q'.tile times this
+  float k_factor = 1;         // scores are q'.tile times this; a power of two of MXFP4 codes
   float k_tile = 1;           // plain and open rows of K are multiplied with this; of codes, the page
                               // scale of the residual over that of the base
   int32_t v_exponent = 0;     // V's tile holds values times 2^-v_exponent
-  uint32_t v_factors = 0;     // FP16: of a base block's scale times 2^7, and of the residual's
+  uint32_t v_factors = 0;     // FP16: of a base block's scale in the format's units, and of the residual's
 };
 
 // Items a warp walks are noted in 32 words of 32 bits.

@@ -38,6 +38,12 @@ __device__ inline Expanded expand_int3(uint32_t n) {
           high & 0xff00ff00u};
 }
 
+// The value of the INT3 code in the low three bits.
+__device__ inline float int3_value(uint32_t code) {
+  const float magnitude = static_cast<float>(code & 3u) + 0.5f;
+  return __uint_as_float(__float_as_uint(magnitude) | (code & 4u) << 29);
+}
+
 __device__ inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   uint32_t d;  // a sum with -0: the product alone is an instruction of sm_90
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));

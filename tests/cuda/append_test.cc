@@ -11,7 +11,7 @@
 namespace thriftattn::testing {
 namespace {
 
-enum class Data { normal, zeros, denormal, huge, outliers, sticky, blocks, tiny_blocks, ties, near };
+enum class Data { normal, zeros, denormal, huge, outliers, sticky, blocks, tiny_blocks, ties, group_ties, near };
 
 // BF16 blocks whose two candidates for a scale differ by less than their errors' rounding, in a page
 // whose largest value is 3008: whether the order of the sum is kept decides.
@@ -52,6 +52,22 @@ std::vector<float> draw(Data data, int64_t tokens, int64_t width, uint32_t seed)
         constexpr float kThresholds[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f, 3.0f};
         v = d % 16 == 5 ? 6.0f * magnitude : kThresholds[rng() % 8] * magnitude * (rng() % 2 ? 1.0f : -1.0f);
         if (t % kPageTokens == 0 && d % 64 == 5) v = 2688.0f;
+      }
+      // The same for groups of 32: of MXFP4, powers of two times the thresholds of E2M1; of INT3, E4M3
+      // numbers times the whole ones, and what lies below those.
+      if (data == Data::group_ties) {
+        const bool mx = (t + d / 32) % 2 == 0;
+        if (d % 32 == 0) {
+          const int exponent = static_cast<int>(rng() % 8) - 6;
+          magnitude = std::ldexp(mx ? 1.0f : static_cast<float>(8 + rng() % 8), exponent);
+        }
+        constexpr float kE2m1[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f, 3.0f};
+        constexpr float kInt3[] = {1.0f, 2.0f, 3.0f, 0.5f};
+        v = mx ? kE2m1[rng() % 8] * magnitude : kInt3[rng() % 4] * magnitude;
+        if (!mx && rng() % 2) v = std::nextafterf(v, 0.0f);
+        if (d % 32 == 5) v = (mx ? 7.0f : 3.5f) * magnitude;
+        if (rng() % 2) v = -v;
+        if (t % kPageTokens == 0 && d % 64 == 5) v = 1568.0f;
       }
       if (data == Data::near) {
         v = t % kPageTokens == 0 && d % 64 == 5 ? 3008.0f : bf16_to_f32(kNear[(t + d / 16) % 6][d % 16]);
@@ -302,6 +318,10 @@ void expect_same_bytes(const AppendOptions& o, const std::string& what) {
   c.expect_same_bytes(what);
 }
 
+std::string describe(const LayerPolicy& policy) {
+  return std::string(to_string(policy.k_format)) + " K, " + std::string(to_string(policy.v_format)) + " V";
+}
+
 AppendOptions base_options() {
   return {.shape = {.kv_heads = 3, .q_heads = 12, .head_dim_k = 128, .head_dim_v = 128},
           .policy = layered_policy(0.02, 0.0003),
@@ -367,6 +387,76 @@ TEST(CudaAppend, ByteEqualOverPolicies) {
       o.data = data;
       expect_same_bytes(o, "policy " + std::to_string(i));
     }
+  }
+}
+
+// MXFP4 and INT3, V of INT3 rotated: each with itself, with each other and with sides of other formats.
+std::vector<LayerPolicy> group_policies() {
+  std::vector<LayerPolicy> policies;
+  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3}, {Format::mxfp4, Format::int3},
+                             {Format::int3, Format::mxfp4}, {Format::int3, Format::int3},
+                             {Format::mxfp4, Format::nvfp4}, {Format::bf16, Format::int3},
+                             {Format::mxfp4, Format::fp8_e4m3}}) {
+    policies.push_back(layered_policy(1.0, 0.0));
+    policies.back().k_format = k;
+    policies.back().v_format = v;
+  }
+  return policies;
+}
+
+TEST(CudaAppend, GroupsByteEqualOverDataAndTypes) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : group_policies()) {
+    for (const Data data : {Data::normal, Data::zeros, Data::denormal, Data::huge, Data::outliers}) {
+      AppendOptions o = base_options();
+      o.policy = policy;
+      o.data = data;
+      o.equalizer = data != Data::huge;
+      o.element = data == Data::normal ? cuda::Element::bf16 : cuda::Element::f32;
+      expect_same_bytes(o, describe(policy) + ", data " + std::to_string(static_cast<int>(data)));
+    }
+  }
+}
+
+TEST(CudaAppend, GroupsByteEqualAtEdgesOfTheCodec) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : group_policies()) {
+    for (const Data data : {Data::blocks, Data::tiny_blocks, Data::group_ties}) {
+      for (const bool center : {false, true}) {
+        AppendOptions o = base_options();
+        o.policy = policy;
+        o.policy.rotate = false;
+        o.policy.center = center;
+        o.equalizer = false;
+        o.data = data;
+        o.sequences = {{64 * 4}};
+        expect_same_bytes(o, describe(policy) + ", data " + std::to_string(static_cast<int>(data)));
+      }
+    }
+  }
+}
+
+TEST(CudaAppend, GroupsByteEqualOverShapesAndSteps) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : group_policies()) {
+    for (const int64_t dim : {64, 128, 192, 256}) {
+      AppendOptions o = base_options();
+      o.policy = policy;
+      o.shape.head_dim_k = o.shape.head_dim_v = dim;
+      o.element = dim == 64 ? cuda::Element::fp16 : cuda::Element::f32;
+      expect_same_bytes(o, describe(policy) + ", head_dim " + std::to_string(dim));
+    }
+    // Runs of K's pages, some of which have to be done again.
+    AppendOptions o = base_options();
+    o.policy = policy;
+    o.element = cuda::Element::bf16;
+    o.sequences = {{37, 64 * 36 + 50, 1}, {0, 130, 64}};
+    expect_same_bytes(o, describe(policy) + ", long steps");
+    o.policy.rotate = false;
+    o.equalizer = false;
+    o.data = Data::sticky;
+    o.sequences = {{10, 64 * 34 + 30}};
+    expect_same_bytes(o, describe(policy) + ", kept references");
   }
 }
 

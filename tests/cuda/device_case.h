@@ -280,6 +280,20 @@ inline PageTruth load_page(const LayerView& view, bool is_k, int64_t page, int64
   return t;
 }
 
+// The normalised transform, block by block.
+inline std::vector<double> hadamard(const std::vector<double>& x) {
+  const auto dim = static_cast<int64_t>(x.size()), n = dim & -dim;
+  std::vector<double> y(x.size(), 0.0);
+  for (int64_t u = 0; u < dim; ++u) {
+    for (int64_t w = 0; w < n; ++w) {
+      const bool minus = __builtin_popcountll(static_cast<uint64_t>((u % n) & w)) % 2 == 1;
+      y[static_cast<size_t>(u)] += (minus ? -1.0 : 1.0) * x[static_cast<size_t>(u / n * n + w)];
+    }
+    y[static_cast<size_t>(u)] /= std::sqrt(static_cast<double>(n));
+  }
+  return y;
+}
+
 inline DeviceCase::Truth DeviceCase::truth(const Result& result) const {
   Truth truth;
   const LayerShape& shape = options_.front().shape;
@@ -306,18 +320,7 @@ inline DeviceCase::Truth DeviceCase::truth(const Result& result) const {
           for (int64_t d = 0; d < dim && !store.equalizer.empty(); ++d) {
             x[static_cast<size_t>(d)] /= store.equalizer[static_cast<size_t>(kv * dim + d)];
           }
-          if (store.layout.k.rotated) {
-            const int64_t n = dim & -dim;
-            std::vector<double> y(x.size(), 0.0);
-            for (int64_t u = 0; u < dim; ++u) {
-              for (int64_t w = 0; w < n; ++w) {
-                const bool minus = __builtin_popcountll(static_cast<uint64_t>((u % n) & w)) % 2 == 1;
-                y[static_cast<size_t>(u)] += (minus ? -1.0 : 1.0) * x[static_cast<size_t>(u / n * n + w)];
-              }
-              y[static_cast<size_t>(u)] /= std::sqrt(static_cast<double>(n));
-            }
-            x = y;
-          }
+          if (store.layout.k.rotated) x = hadamard(x);
           q.assign(x.begin(), x.end());
         }
         // Scores as read, and over base planes.
@@ -396,6 +399,7 @@ inline DeviceCase::Truth DeviceCase::truth(const Result& result) const {
               (i * max_pages_ + first + static_cast<int64_t>(p)) * shape.kv_heads + kv)];
           m = std::max(m, mass);
         }
+        if (store.layout.v.rotated) out = hadamard(out);
         for (double x : out) truth.out.push_back(static_cast<float>(x));
       }
     }

@@ -162,6 +162,7 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
   const Case cases[] = {{"exact", 1e-3},   {"fp8", 1e-3},    {"*:nvfp4x2", 1e-3},
                         {"balanced", 1.0}, {"thrifty", 1.0}, {"thrifty,skip=0", 1e-3},
                         {"balanced,promote=1,skip=0", 1e-2},
+                        {"max-savings", 1.0}, {"max-savings-mx,skip=0", 1e-3},
                         // A budget is kept to the page on both.
                         {"paper-budget", 1e-3}, {"paper-budget,pages=3,sinks=64,recent=128", 1e-3}};
   for (const char* family : {"llama", "qwen2", "qwen3", "gemma3"}) {
@@ -201,7 +202,7 @@ TEST_F(DeviceTest, ChunksEqualDecode) {
   const Pair pair(tiny.load());
   const std::pair<const char*, double> cases[] = {
       {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes},
-      {"paper-budget", kCodes}};
+      {"paper-budget", kCodes}, {"max-savings", kCodes}};
   for (const auto& [policy, bound] : cases) {
     Session whole = pair.on_device(policy), single = pair.on_device(policy);
     const auto at_once = run(whole, tokens, 300, AttendMode::decode);
@@ -215,7 +216,8 @@ TEST_F(DeviceTest, ForkTruncateAndRollbackLeaveNoTrace) {
   const auto tokens = random_tokens(400, tiny.spec.vocab);
   const std::span<const int32_t> all(tokens);
   const Pair pair(tiny.load());
-  for (const char* policy : {"f32", "exact", "thrifty", "balanced", "paper-budget"}) {
+  for (const char* policy :
+       {"f32", "exact", "thrifty", "balanced", "paper-budget", "max-savings"}) {
     bool stop = false;
     SessionOptions options;
     options.cancelled = [&stop] { return stop; };
@@ -335,7 +337,8 @@ TEST_F(DeviceDemo, EvalMatchesTheCpu) {
   const Pair pair(Model::load(folder_ + "thrift-demo.gguf"));
   std::vector<int32_t> tokens = random_tokens(2048, pair.model->config().vocab);
   EvalOptions options{.context = 2048,
-                      .policies = {preset("exact"), preset("thrifty"), preset("balanced"), preset("paper-budget")},
+                      .policies = {preset("exact"), preset("thrifty"), preset("balanced"),
+                                   preset("paper-budget"), preset("max-savings")},
                       .reference = preset("f32")};
   const auto near_rows = evaluate(pair.model, tokens, options);
   options.device = pair.device;

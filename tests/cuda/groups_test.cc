@@ -1,0 +1,196 @@
+// attend() over planes in groups of 32, MXFP4 and INT3, against FP64 over the values as stored: each
+// with itself, with each other and with sides of other formats, through attend_groups and
+// attend_prefill; V in INT3 is stored rotated.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "cuda/device_case.h"
+
+namespace thriftattn::testing {
+namespace {
+
+constexpr double kTightCuda = 2.5e-3;  // as in attend_test.cc
+
+LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
+  base.k_format = k;
+  base.v_format = v;
+  return base;
+}
+
+// The presets, with fewer tokens whose residuals are held.
+LayerPolicy savings(Format k) {
+  LayerPolicy p = mix(k, Format::int3, sealed_policy(64, 192));
+  p.skip = 0.0003;
+  return p;
+}
+
+struct NamedPolicy {
+  const char* name;
+  LayerPolicy policy;
+};
+
+std::vector<NamedPolicy> policies() {
+  return {{"max-savings", savings(Format::nvfp4)},
+          {"max-savings-mx", savings(Format::mxfp4)},
+          {"int3", mix(Format::int3, Format::int3)},
+          {"mxfp4", mix(Format::mxfp4, Format::mxfp4)},
+          {"int3 K, mxfp4 V, sealed", mix(Format::int3, Format::mxfp4, sealed_policy(64, 64))},
+          {"int3 K, nvfp4 V, promote", mix(Format::int3, Format::nvfp4, layered_policy(0.05, 0.004))},
+          {"nvfp4 K, int3 V, promote", mix(Format::nvfp4, Format::int3, layered_policy(0.03, 0.004))},
+          {"mxfp4, promote", mix(Format::mxfp4, Format::mxfp4, layered_policy(0.05, 0.004))},
+          {"bf16 K, int3 V", mix(Format::bf16, Format::int3, layered_policy(0.05, 0.004))},
+          {"fp8 K, mxfp4 V", mix(Format::fp8_e4m3, Format::mxfp4)},
+          {"int3 K, bf16 V", mix(Format::int3, Format::bf16)},
+          {"mxfp4 K, fp8 V", mix(Format::mxfp4, Format::fp8_e4m3, layered_policy(0.05, 0.004))}};
+}
+
+CaseOptions options(LayerPolicy policy, int64_t length, int64_t queries = 1) {
+  CaseOptions o;
+  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
+  o.policy = policy;
+  o.length = length;
+  o.queries = queries;
+  o.equalizer = true;
+  return o;
+}
+
+void check(const CaseOptions& o, const std::string& what) {
+  DeviceCase c({o});
+  c.check(what + ", length " + std::to_string(o.length) + ", " + std::to_string(o.queries) + " queries",
+          kTightCuda);
+}
+
+TEST(CudaGroups, DecodeMatchesTruth) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [name, policy] : policies()) {
+    for (const int64_t length : {0, 1, 63, 64, 130, 700, 2111}) check(options(policy, length), name);
+  }
+}
+
+TEST(CudaGroups, Shapes) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [name, policy] : policies()) {
+    for (const int64_t dim : {64, 128, 192, 256}) {
+      for (const int64_t group : {3, 12, 40}) {
+        CaseOptions o = options(policy, 600);
+        o.shape = {.kv_heads = 1, .q_heads = group, .head_dim_k = dim, .head_dim_v = dim};
+        check(o, std::string(name) + ", head_dim " + std::to_string(dim) + ", group " + std::to_string(group));
+      }
+    }
+  }
+}
+
+TEST(CudaGroups, Verify) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [name, policy] : policies()) {
+    for (const int64_t queries : {2, 8, 16}) {
+      for (const int64_t length : {60, 505, 640}) check(options(policy, length, queries), name);
+    }
+  }
+}
+
+TEST(CudaGroups, Prefill) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [name, policy] : policies()) {
+    for (const auto& [length, queries] : {std::pair<int64_t, int64_t>{0, 17}, {37, 100}, {300, 70}}) {
+      CaseOptions o = options(policy, length, queries);
+      o.mode = AttendMode::prefill;
+      check(o, std::string(name) + ", prefill");
+      o.bf16_queries = true;
+      check(o, std::string(name) + ", prefill, BF16 queries");
+    }
+    for (const int64_t dim : {64, 192, 256}) {
+      CaseOptions o = options(policy, 150, 40);
+      o.shape.head_dim_k = o.shape.head_dim_v = dim;
+      o.mode = AttendMode::prefill;
+      check(o, std::string(name) + ", prefill, head_dim " + std::to_string(dim));
+    }
+  }
+}
+
+TEST(CudaGroups, WindowSoftcapSinksOffset) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [name, policy] : policies()) {
+    for (const int64_t window : {0, 100, 300}) {
+      for (const bool prefill : {false, true}) {
+        CaseOptions o = options(policy, 777, prefill ? 40 : 1);
+        o.mode = prefill ? AttendMode::prefill : AttendMode::decode;
+        o.shape.window = window;
+        o.sink_logits = window != 100;
+        o.softcap = window == 300 ? 20.0f : 0.0f;
+        o.k_offset = 3.0f;
+        check(o, std::string(name) + ", window " + std::to_string(window));
+      }
+    }
+  }
+}
+
+// Neighbouring pages differ by 2^27, and their scales with them.
+TEST(CudaGroups, ValuesOfEverySize) {
+  SKIP_WITHOUT_DEVICE();
+  for (const Format v : {Format::int3, Format::mxfp4}) {
+    for (const bool prefill : {false, true}) {
+      CaseOptions o = options(mix(Format::mxfp4, v), 400, prefill ? 40 : 1);
+      o.mode = prefill ? AttendMode::prefill : AttendMode::decode;
+      o.v_spread = 9.0f;
+      check(o, "V of every size");
+    }
+  }
+}
+
+// Walks with whole pages and others, pages that are skipped, and ones that are promoted.
+TEST(CudaGroups, LongContextsSkipAndPromote) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  for (const LayerPolicy& policy : {savings(Format::nvfp4), savings(Format::mxfp4),
+                                    mix(Format::int3, Format::int3, layered_policy(0.01, 0.0005))}) {
+    CaseOptions o = options(policy, 30000);
+    o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
+    o.q_gain = 1.0f;
+    o.policy.skip = 0.0015;
+    DeviceCase c({o});
+    c.check(std::string(to_string(policy.k_format)) + " K", kTightCuda);
+    const auto decisions = c.attend().decisions;
+    skipped += std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::skip));
+    const auto base = std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::base));
+    EXPECT_GT(base, 10);
+  }
+  EXPECT_GT(skipped, 10);
+  skipped = 0;
+  for (const Format k : {Format::nvfp4, Format::mxfp4, Format::int3}) {
+    std::vector<CaseOptions> cases;
+    for (const int64_t length : {5, 1111, 3000, 700}) {
+      CaseOptions o = options(mix(k, Format::int3, layered_policy(0.05, 0.04)), length);
+      o.q_gain = 0.8f;
+      o.equalizer = false;  // it belongs to the model, and differs by seed here
+      o.seed = static_cast<uint32_t>(length);
+      cases.push_back(o);
+    }
+    DeviceCase c(cases);
+    c.check("ragged", kTightCuda);
+    c.check_rule("ragged", &promoted, &skipped);
+  }
+  EXPECT_GT(promoted, 5);
+  EXPECT_GT(skipped, 5);
+}
+
+TEST(CudaGroups, RunsAreBitwiseEqual) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = options(savings(Format::mxfp4), 5000);
+  DeviceCase c({o, o, o});
+  c.check_repeats();
+}
+
+TEST(CudaGroups, ExplainNamesTheKernel) {
+  SKIP_WITHOUT_DEVICE();
+  const LayerShape shape = options(savings(Format::nvfp4), 0).shape;
+  const cuda::AttendPlan plan(shape, savings(Format::nvfp4), {.batch = 1, .max_pages = 8});
+  EXPECT_EQ(plan.explain().rfind("attend_groups: ", 0), 0U) << plan.explain();
+  EXPECT_NE(plan.explain().find("K nvfp4, V int3"), std::string::npos) << plan.explain();
+  const cuda::AttendPlan other(shape, layered_policy(1.0, 0.0), {.batch = 1, .max_pages = 8});
+  EXPECT_EQ(other.explain().rfind("attend_planes: ", 0), 0U) << other.explain();
+}
+
+}  // namespace
+}  // namespace thriftattn::testing

@@ -1,12 +1,14 @@
-// MXFP4 and INT3 of a thread's 16 elements, half of a group of 32 whose other half the lane beside it
-// has: the same codes and scales as formats/mxfp4_scalar.cc and formats/int3_scalar.cc. Included by
-// append.cu alone, as append_block.cuh is.
+// MXFP4 and INT3 of a thread's 16 elements, half of a group of 32 whose other half the lane beside
+// it has: the same codes and scales as formats/mxfp4_scalar.cc and formats/int3_scalar.cc. Included
+// by append.cu alone, as append_block.cuh is.
 //
 // What stands in for what:
-//   MXFP4: x / scale      a product, the scale being a power of two: exact where a code depends on it.
-//   INT3: trunc(t / s)    comparisons of t with s, 2 s and 3 s. These are exact, and no t below k s is
+//   MXFP4: x / scale      a product, the scale being a power of two: exact where a code depends on
+//   it. INT3: trunc(t / s)    comparisons of t with s, 2 s and 3 s. These are exact, and no t below
+//   k s is
 //                         so near to it that its quotient rounds to k: an E4M3 scale has 4 bits, so
-//                         for the next FP32 number below the quotient is at least 2^-24 of it below k.
+//                         for the next FP32 number below the quotient is at least 2^-24 of it below
+//                         k.
 #pragma once
 
 #include "cuda/append_block.cuh"
@@ -38,7 +40,8 @@ __device__ __forceinline__ EncodedBlock encode_mxfp4(float (&x)[16], float amax,
   for (int i = 0; i < 16; ++i) code[i] *= 1.0f / kCodeUnit;
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
-    const float4 v = {code[i] * scale, code[i + 1] * scale, code[i + 2] * scale, code[i + 3] * scale};
+    const float4 v = {code[i] * scale, code[i + 1] * scale, code[i + 2] * scale,
+                      code[i + 3] * scale};
     keep(i / 4, v);
     x[i] -= v.x, x[i + 1] -= v.y, x[i + 2] -= v.z, x[i + 3] -= v.w;
   }
@@ -103,9 +106,9 @@ __device__ __forceinline__ EncodedBlock encode_int3(float (&x)[16], float amax, 
 
 // Half a group; `largest` is of its 16 elements.
 template <class Keep>
-__device__ __forceinline__ EncodedBlock encode_half_group(SideKind kind, float (&x)[16], float largest,
-                                                          float page_scale, const ScaleFacts* facts,
-                                                          Keep keep) {
+__device__ __forceinline__ EncodedBlock encode_half_group(SideKind kind, float (&x)[16],
+                                                          float largest, float page_scale,
+                                                          const ScaleFacts* facts, Keep keep) {
   const float amax = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
   if (kind == SideKind::int3) return encode_int3(x, amax, page_scale, facts, keep);
   return encode_mxfp4(x, amax, keep);

@@ -1,6 +1,6 @@
-// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works), and with the
-// code for planes in groups of 32 attend_groups. A block is a split of the pages of one (sequence, KV head) for one tile of query rows; it leaves a
-// partial.
+// attend_decode: the kernel around DecodeWarp (attend_decode_warp.cuh says how it works), and with
+// the code for planes in groups of 32 attend_groups. A block is a split of the pages of one
+// (sequence, KV head) for one tile of query rows; it leaves a partial.
 #pragma once
 
 #include "cuda/attend_decode_scores.cuh"

@@ -10,12 +10,11 @@
 namespace thriftattn::cuda {
 
 // P = 2^(s - m_ + 8) of scores that are s - m_ + 8 already, and each column's sum. Where a score is
-// far above the reference m_, that is raised, and with it `waiting`, the factors of what is not added
-// yet: rarely after the first pages.
+// far above the reference m_, that is raised, and with it `waiting`, the factors of what is not
+// added yet: rarely after the first pages.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t (&p)[4][NT][2],
-                                                 float (&sum)[2 * NT],
-                                                 float (&waiting)[2 * NT]) {
+                                                 float (&sum)[2 * NT], float (&waiting)[2 * NT]) {
   bool above = fresh_;
   float top[2 * NT];
 #pragma unroll
@@ -79,11 +78,10 @@ __device__ void DecodeWarp<D, NT, Shared>::weigh(float (&s)[4][NT][4], uint32_t 
   }
 }
 
-// What all rows of the tile, of one position, do with a page.
+// What all rows of the tile do with a page; said by the tile that has a position's first row.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::write_tile_decisions(int page, Decision decision) const {
-  if (v_.first_row % a_.g.group != 0) return;
-  for (int i = v_.i_first; i <= v_.i_last; ++i) {
+  for (int i = (v_.first_row + a_.g.group - 1) / a_.g.group; i <= v_.i_last; ++i) {
     *decision_at(i, page) = static_cast<uint8_t>(decision);
   }
 }

@@ -63,8 +63,8 @@ struct BlockShared {
 // Three blocks an SM: (228 KB - 3 * 1 KB) / 3.
 static_assert(sizeof(BlockShared<128, 1, true>) <= 76800);
 
-// Shared has the rings of copies: kRing, k, v, record, notes, k_bar, v_bar, as WarpShared; and kGroups
-// where the code that reads MXFP4 and INT3 planes is wanted.
+// Shared has the rings of copies: kRing, k, v, record, notes, k_bar, v_bar, as WarpShared; and
+// kGroups where the code that reads MXFP4 and INT3 planes is wanted.
 template <int D, int NT, class Shared>
 class DecodeWarp : ItemWalk<D, NT> {
  public:
@@ -233,15 +233,16 @@ __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
   const bool kinds = kGroups ? a_.g.k.layered() && a_.g.v.layered()
                              : a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16;
   const bool walks = kinds && a_.softcap == 0;
-  // What the mass decides for several positions at once is decide()'s.
-  const int decided = v_.i_first == v_.i_last ? 0 : kItemPromotable | kItemSkippable;
+  // What several positions may promote is decide()'s; a page that is only skipped is so for the
+  // tile.
+  const int decided = v_.i_first == v_.i_last ? 0 : kItemPromotable;
   for (int base = 0; base < items_; base += 32) {
     const int n = base + lane_;
     bool simple = false;
     if (walks && exists(n)) {
       const int flags = describe(n).flags;
-      simple = (flags & (kItemKind | kItemMixed | kItemWhole | decided)) ==
-               (kItemSealed | kItemWhole);
+      simple =
+          (flags & (kItemKind | kItemMixed | kItemWhole | decided)) == (kItemSealed | kItemWhole);
     }
     const uint32_t chosen = __ballot_sync(0xffffffffu, simple);
     const uint32_t exist = __ballot_sync(0xffffffffu, exists(n));

@@ -41,11 +41,11 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_groups() {
       const StageCopy copy{&s_.k_bar[stage], lane_};
       copy.begin(k_bytes + kRecord);
       copy.copy(s_.k[stage], 0, side_at(a_.g.k, slot) + a_.g.k.codes, 0, k_bytes, 1);
-      copy.copy(reinterpret_cast<uint8_t*>(s_.record[stage]), 0,
-                reinterpret_cast<const uint8_t*>(
-                    page_record(a_, int64_t{seq_} * a_.g.kv_heads + head_, tile_,
-                                v_.page_begin + item_of(base + bit))),
-                0, kRecord, 1);
+      copy.copy(
+          reinterpret_cast<uint8_t*>(s_.record[stage]), 0,
+          reinterpret_cast<const uint8_t*>(page_record(a_, int64_t{seq_} * a_.g.kv_heads + head_,
+                                                       tile_, v_.page_begin + item_of(base + bit))),
+          0, kRecord, 1);
       copy.end();
       ++k_issued_;
     };
@@ -99,7 +99,7 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_groups() {
         __syncwarp();
         fetch();
         weigh(s, next_p, sum, factor);
-        // As decide(), where all rows are of one position.
+        // As decide(), for all rows of the tile: what may be promoted has one position.
         const int flags = __shfl_sync(0xffffffffu, mine.flags, bit);
         decision = Decision::base;
         if (flags & (kItemPromotable | kItemSkippable)) {
@@ -149,10 +149,11 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_groups() {
           with_plane<true>(a_.g.v.kind, [&]<class Format>(Format) {
             float by[2 * NT];
 #pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) by[c] = factor[c] * v_scale * (Format::kUnit * 0x1p-8f);
+            for (int c = 0; c < 2 * NT; ++c)
+              by[c] = factor[c] * v_scale * (Format::kUnit * 0x1p-8f);
             add_values<D, NT, 4, Format>(
-                s_.v[stage], lane_, [&](int i, int n) { return make_uint2(p[i][n][0], p[i][n][1]); },
-                by, o_);
+                s_.v[stage], lane_,
+                [&](int i, int n) { return make_uint2(p[i][n][0], p[i][n][1]); }, by, o_);
           });
         }
         ++v_used_;

@@ -1,5 +1,5 @@
-// attend_merge: a row's output from the partials of its splits, and the sink; brought back to V's basis
-// where V is stored rotated.
+// attend_merge: a row's output from the partials of its splits, and the sink; brought back to V's
+// basis where V is stored rotated.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -25,7 +25,8 @@ constexpr int kMergeGroups = 8;  // of threads, each with every eighth split
 constexpr int kMergeSplits = kMaxSplits / kMergeGroups;
 
 // Element d of the row's Hadamard transform, whose element d is x; by all threads of the block.
-__device__ float rotate_back(float x, int d, int dim, float factor, float (&row)[kMergeGroups][256]) {
+__device__ float rotate_back(float x, int d, int dim, float factor,
+                             float (&row)[kMergeGroups][256]) {
   for (int step = 1; step < 32; step *= 2) {
     const float other = __shfl_xor_sync(~0u, x, step);
     x = d & step ? other - x : x + other;

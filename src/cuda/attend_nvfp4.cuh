@@ -1,5 +1,5 @@
-// The two products over a plane, base or residual, by one warp (attend_decode_warp.cuh says how tokens
-// and dims lie in the fragments): of NVFP4 codes if not told otherwise (plane_formats.cuh).
+// The two products over a plane, base or residual, by one warp (attend_decode_warp.cuh says how
+// tokens and dims lie in the fragments): of NVFP4 codes if not told otherwise (plane_formats.cuh).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -126,10 +126,11 @@ __device__ __forceinline__ void multiply_values(float (&d)[4], const uint32_t (&
   }
 }
 
-// kCount words of 8 dims, next to each other from word `word` of a row on. Rows begin at multiples of
-// 4 bytes; of 3-byte words two begin at an even one.
+// kCount words of 8 dims, next to each other from word `word` of a row on. Rows begin at multiples
+// of 4 bytes; of 3-byte words two begin at an even one.
 template <class Format, int kCount>
-__device__ __forceinline__ void load_value_words(const uint8_t* row, int word, uint32_t (&x)[kCount]) {
+__device__ __forceinline__ void load_value_words(const uint8_t* row, int word,
+                                                 uint32_t (&x)[kCount]) {
   if constexpr (Format::row_bytes(8) == 3) {
     const auto* at = reinterpret_cast<const uint32_t*>(row + (3 * word & ~3));
     const int shift = 3 * word % 4 * 8;
@@ -144,8 +145,8 @@ __device__ __forceinline__ void load_value_words(const uint8_t* row, int word, u
   }
 }
 
-// o += factor * V'.P of 64 tokens, V' in the format's units (NVFP4: without page scale, times 2^-7);
-// weights(slice, n) is the fragment of P of 16 tokens and 8 query rows.
+// o += factor * V'.P of 64 tokens, V' in the format's units (NVFP4: without page scale, times
+// 2^-7); weights(slice, n) is the fragment of P of 16 tokens and 8 query rows.
 template <int D, int NT, int kUnroll, class Format = Nvfp4Plane, class Weights>
 __device__ __forceinline__ void add_values(const uint8_t* plane, int lane, const Weights& weights,
                                            const float (&factor)[2 * NT],

@@ -1,6 +1,6 @@
-// Base planes in groups of 32 in attend_prefill's filling warps (attend_prefill_pages.cuh): where NVFP4
-// has a thread's block of 16 in 8 bytes of codes and one of 4 scales, MXFP4 has the same codes and half
-// as many scales, and INT3 6 bytes of codes that begin at a multiple of 2.
+// Base planes in groups of 32 in attend_prefill's filling warps (attend_prefill_pages.cuh): where
+// NVFP4 has a thread's block of 16 in 8 bytes of codes and one of 4 scales, MXFP4 has the same
+// codes and half as many scales, and INT3 6 bytes of codes that begin at a multiple of 2.
 #pragma once
 
 #include "cuda/attend_prefill_pages.cuh"

@@ -26,8 +26,8 @@ __device__ inline int prefill_k_tiles(const AttendArgs& a) {
 // What a filling warpgroup fills.
 inline constexpr int kFillKeys = 1, kFillValues = 2;
 
-// What codes of a base plane are multiplied with beside their scales: an FP16 pair; of MXFP4 the power
-// of two that is the tile's unit.
+// What codes of a base plane are multiplied with beside their scales: an FP16 pair; of MXFP4 the
+// power of two that is the tile's unit.
 struct BaseFactor {
   uint32_t factor;
   int exponent;
@@ -435,7 +435,8 @@ __device__ void PrefillPages<D, kSides>::expand_k(uint32_t tile, const PageFacts
   const bool in_planes = planes(a_.g.k, f);
   if (in_planes && part == 0) {
     const int exponent = (__float_as_int(f.k_factor) >> 23) - 127;  // of MXFP4's k_factor
-    expand_planes<false>(a_.g.k, tile, k_tiles_ == 1 && f.residual >= 0, {kOne, exponent}, ratio, 0);
+    expand_planes<false>(a_.g.k, tile, k_tiles_ == 1 && f.residual >= 0, {kOne, exponent}, ratio,
+                         0);
   } else if (in_planes && f.residual >= 0) {
     expand_blocks<false, false>(tile, ratio, 0, 0);
   } else if (part == 0) {

@@ -6,8 +6,8 @@
 namespace thriftattn::cuda {
 
 // The Hadamard transform of rows of D numbers, of which a lane has the fragments that
-// attend_prefill_tile.cuh leaves: element e of o[n][k] is dim 64 n + 8 k + c of row e / 2, where c has
-// the bits of 2 j + e % 2 reversed (attend_prefill_shape.h). By whole warps.
+// attend_prefill_tile.cuh leaves: element e of o[n][k] is dim 64 n + 8 k + c of row e / 2, where c
+// has the bits of 2 j + e % 2 reversed (attend_prefill_shape.h). By whole warps.
 template <int D>
 __device__ void rotate_back(float (&o)[D / 64][8][4], int j, float factor) {
 #pragma unroll

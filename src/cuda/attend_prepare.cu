@@ -215,9 +215,8 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   float* floors =
       workspace_at<float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + first_row;
   // attend_planes starts from floors; else without a rule nobody asks for one but the caller.
-  const bool asked =
-      !v.prefill && (a.g.nvfp4_planes() || a.call.lse_floor != nullptr ||
-                     a.g.promote < 1.0f || a.g.skip > 0.0f);
+  const bool asked = !v.prefill && (a.g.nvfp4_planes() || a.call.lse_floor != nullptr ||
+                                    a.g.promote < 1.0f || a.g.skip > 0.0f);
   clear_sums();
   __syncthreads();
   if (exact) {

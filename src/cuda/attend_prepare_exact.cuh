@@ -77,7 +77,8 @@ __device__ inline uint4 token_chunk(const SideGeometry& k, const ExactPage& x, i
     const float scale = e4m3_to_f32(x.rows[k.scales + (token * k.dim + d) / 32]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      out[i] = pack_bf16(int3_value(codes >> 6 * i) * scale, int3_value(codes >> (6 * i + 3)) * scale);
+      out[i] =
+          pack_bf16(int3_value(codes >> 6 * i) * scale, int3_value(codes >> (6 * i + 3)) * scale);
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
   }

@@ -130,14 +130,12 @@ const AttendLimits& AttendPlan::limits() const { return state_->limits; }
 
 std::string AttendPlan::explain() const {
   const State& s = *state_;
+  const char* other = s.geometry.any_grouped() ? "attend_groups" : "attend_decode";
+  const char* kernel = s.planes ? "attend_planes" : other;
   const std::string decode = fmt::format(
       "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
       "of at least {} pages, K {}, V {}{}, workspace {:.1f} MB",
-      s.planes                     ? "attend_planes"
-      : s.geometry.any_grouped() ? "attend_groups"
-                                   : "attend_decode",
-      s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k,
-      s.row_tiles, s.splits,
+      kernel, s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k, s.row_tiles, s.splits,
       s.planes && !s.limits.batch_invariant ? kLeastPlaces : s.split_rule.min_items,
       to_string(s.policy.k_format), to_string(s.policy.v_format), explain_budget(s.geometry),
       static_cast<double>(s.workspace.bytes) * 1e-6);

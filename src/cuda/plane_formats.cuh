@@ -22,14 +22,17 @@ namespace thriftattn::cuda {
 // Eight INT3 codes, of which the word has the low 24 bits, to nibbles: groups of 12, 6 and 3 bits
 // move apart, and what they leave between them is cut off at the end.
 __device__ inline uint32_t spread_int3(uint32_t x) {
-  const auto choose = [](uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); };
+  const auto choose = [](uint32_t a, uint32_t b, uint32_t mask) {
+    return (a & mask) | (b & ~mask);
+  };
   x = choose(x, x << 4, 0x0000ffffu);
   x = choose(x, x << 2, 0x00ff00ffu);
   x = choose(x, x << 1, 0x0f0f0f0fu);
   return x & 0x77777777u;
 }
 
-// Nibbles of INT3 to FP16: the upper byte of a value is all of it, and a byte permute looks up four.
+// Nibbles of INT3 to FP16: the upper byte of a value is all of it, and a byte permute looks up
+// four.
 __device__ inline Expanded expand_int3(uint32_t n) {
   constexpr uint32_t kPositive = 0x43413e38u, kNegative = 0xc3c1beb8u;  // 0.5, 1.5, 2.5, 3.5
   const uint32_t low = __byte_perm(kPositive, kNegative, __byte_perm(n, 0, 0x4420));
@@ -63,7 +66,9 @@ struct Nvfp4Plane {
 
   __device__ static uint32_t nibbles(uint32_t x) { return x; }
   __device__ static Expanded expand(uint32_t n) { return expand_e2m1(n); }
-  __device__ static Expanded values(uint32_t n, uint32_t scales) { return times(expand(n), scales); }
+  __device__ static Expanded values(uint32_t n, uint32_t scales) {
+    return times(expand(n), scales);
+  }
   __device__ static uint32_t key_scale(uint32_t code, int) { return scale_both(code); }
   __device__ static float key_unit(float page_scale, int) { return page_scale * kUnit; }
   __device__ static uint32_t value_scales(uint32_t a, uint32_t b) { return scale_pair(a, b); }
@@ -81,7 +86,9 @@ struct Int3Plane {
 
   __device__ static uint32_t nibbles(uint32_t x) { return spread_int3(x); }
   __device__ static Expanded expand(uint32_t n) { return expand_int3(n); }
-  __device__ static Expanded values(uint32_t n, uint32_t scales) { return times(expand(n), scales); }
+  __device__ static Expanded values(uint32_t n, uint32_t scales) {
+    return times(expand(n), scales);
+  }
   __device__ static uint32_t key_scale(uint32_t code, int) { return code * 0x00800080u; }
   __device__ static float key_unit(float page_scale, int) { return page_scale * kUnit; }
   __device__ static uint32_t value_scales(uint32_t a, uint32_t b) { return (a | b << 16) << 7; }

@@ -338,7 +338,7 @@ TEST_F(DeviceDemo, EvalMatchesTheCpu) {
   std::vector<int32_t> tokens = random_tokens(2048, pair.model->config().vocab);
   EvalOptions options{.context = 2048,
                       .policies = {preset("exact"), preset("thrifty"), preset("balanced"),
-                                   preset("paper-budget"), preset("max-savings")},
+                                   preset("paper-budget")},
                       .reference = preset("f32")};
   const auto near_rows = evaluate(pair.model, tokens, options);
   options.device = pair.device;

@@ -1,9 +1,9 @@
-// Base planes in groups of 32 in attend_prefill's filling warps (attend_prefill_pages.cuh): where
+// Base planes in groups of 32 in attend_prefill's filling warps (attend_prefill_fill.cuh): where
 // NVFP4 has a thread's block of 16 in 8 bytes of codes and one of 4 scales, MXFP4 has the same
 // codes and half as many scales, and INT3 6 bytes of codes that begin at a multiple of 2.
 #pragma once
 
-#include "cuda/attend_prefill_pages.cuh"
+#include "cuda/attend_prefill_fill.cuh"
 
 namespace thriftattn::cuda {
 
@@ -14,9 +14,9 @@ __device__ inline int group_scale(int token, int panel, int block) {
 }
 
 // As fetch_blocks(): codes into the thread's lower chunk, scales into the upper one.
-template <int D, int kSides>
+template <int D>
 template <class Format>
-__device__ void PrefillPages<D, kSides>::fetch_groups(uint32_t tile, const uint8_t* plane) const {
+__device__ void TileFiller<D>::fetch_groups(uint32_t tile, const uint8_t* plane) const {
   constexpr int kRow = Format::row_bytes(D);
   const uint8_t* scales = plane + 64 * kRow;
 #pragma unroll
@@ -38,9 +38,9 @@ __device__ void PrefillPages<D, kSides>::fetch_groups(uint32_t tile, const uint8
   }
 }
 
-template <int D, int kSides>
-__device__ void PrefillPages<D, kSides>::fetch_base(const SideGeometry& side, uint32_t tile,
-                                                    const uint8_t* plane) const {
+template <int D>
+__device__ void TileFiller<D>::fetch_base(const SideGeometry& side, uint32_t tile,
+                                          const uint8_t* plane) const {
   if (side.kind == SideKind::int3) return fetch_groups<Int3Plane>(tile, plane);
   if (side.kind == SideKind::mxfp4) return fetch_groups<Mxfp4Plane>(tile, plane);
   fetch_blocks(tile, plane, 0);
@@ -58,10 +58,10 @@ __device__ inline uint32_t tile_scale(uint32_t code, const BaseFactor& base) {
 }
 
 // As expand_blocks().
-template <int D, int kSides>
+template <int D>
 template <class Format, bool kBoth, bool kMean>
-__device__ void PrefillPages<D, kSides>::expand_groups(uint32_t tile, const BaseFactor& base,
-                                                       uint32_t residual, uint32_t mean) const {
+__device__ void TileFiller<D>::expand_groups(uint32_t tile, const BaseFactor& base,
+                                             uint32_t residual, uint32_t mean) const {
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
     uint32_t m[8] = {};

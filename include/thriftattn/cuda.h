@@ -121,6 +121,9 @@ struct AttendLimits {
   // How a sequence's pages are shared among blocks depends on the whole batch, so that all are busy;
   // with true on its own length alone, and results are bitwise those of the sequence by itself.
   bool batch_invariant = false;
+  // Workspace that prefill may take for pages as FP16 tiles, made once for all query rows; KV heads
+  // take turns in it. 0: every tile of query rows expands the pages that it reads.
+  int64_t tile_bytes = int64_t{256} << 20;
 };
 
 // Launch shapes and workspace for one layer's shape and policy. Immutable; copies are cheap.

@@ -25,6 +25,8 @@ struct AttendArgs {
   int32_t prefill = 0, causal = 1;
   // Of attend_prefill: stages of its ring, and whether FP16 may not hold all digits of q'.
   int32_t stages = 0, two_terms = 0;
+  // Of attend_prefill and prefill_tiles: the (sequence, KV head)s of this pass.
+  int32_t first_head = 0, pass_heads = 0;
   float softmax_scale = 1, softcap = 0;  // softcap in base-2 units; 0 = none
   float hadamard_factor = 1;
   float log2_promote = 0, log2_skip = 0;  // of the thresholds
@@ -33,6 +35,12 @@ struct AttendArgs {
 // The first row of partial `index` of a (sequence, KV head).
 __device__ inline int64_t partial_row(const AttendArgs& a, int64_t seq_head, int index) {
   return (seq_head * a.splits + index) * a.ws.rows;
+}
+
+// Tiles of K a page has in attend_prefill. Base and residual of layered K are one tile, rounded to
+// FP16's 11 bits, and so are codes times scales of FP8 rows; beside FP32 queries they are two.
+__host__ __device__ inline int prefill_k_tiles(const AttendArgs& a) {
+  return a.two_terms != 0 && (a.g.k.layered() || a.g.k.kind == SideKind::fp8) ? 2 : 1;
 }
 
 template <class T>

@@ -64,7 +64,13 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
     a.stages = stages;
     a.two_terms = two_terms;
     launch_prefill_facts(a, stream);
-    for_head_dim(a.g.k.dim, [&](auto dim) { launch_prefill<dim.value>(a, stream); });
+    const auto heads = static_cast<int32_t>(plan.limits.batch * a.g.kv_heads);
+    const int32_t made = plan.prefill_pass_heads[prefill_k_tiles(a) - 1];
+    const int32_t each = made > 0 ? made : heads;
+    for (a.first_head = 0; a.first_head < heads; a.first_head += each) {
+      a.pass_heads = std::min(each, heads - a.first_head);
+      for_head_dim(a.g.k.dim, [&](auto dim) { launch_prefill<dim.value>(a, made > 0, stream); });
+    }
     return;
   }
   for (int64_t first = 0; first < plan.limits.step_tokens; first += plan.positions) {

@@ -25,9 +25,10 @@ void launch_decode(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 template <int Dim>
 void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream);
 
-// attend_prefill<dim>, instantiated in attend_prefill_<dim>.cu, and what it reads of each page.
+// attend_prefill<dim>, instantiated in attend_prefill_<dim>.cu, and what it reads of each page. `made`:
+// with tiles that prefill_tiles<dim> makes before it.
 void launch_prefill_facts(const AttendArgs& a, cudaStream_t stream);
 template <int Dim>
-void launch_prefill(const AttendArgs& a, cudaStream_t stream);
+void launch_prefill(const AttendArgs& a, bool made, cudaStream_t stream);
 
 }  // namespace thriftattn::cuda

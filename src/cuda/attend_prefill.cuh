@@ -2,13 +2,14 @@
 // heads of the group: row = i * group + head, so that one KV head's pages serve all of its query
 // heads).
 //
-// Warpgroups fill tiles (attend_prefill_pages.cuh), a page at a time, K and V by themselves, each
-// in a ring of stages; two warpgroups of 64 rows each attend: S = Q'.K^T, P = 2^(S - m + 8) in
-// FP16, O
-// += P.V, with S, P and O in registers. What was stored as a product with a page's scale comes back
-// as a factor of the scores, or of O where it changes; so do softmax_scale and log2(e), which
-// leaves queries of 16 bits as they are. Where FP16 does not hold q', what it left is multiplied
-// too. q'.mean(K) is added to the scores in FP32, mean(V) is part of V's tile.
+// One or two warpgroups fill K's and V's tiles, a page at a time, each in a ring of stages: with
+// bulk copies of what prefill_tiles() made for all blocks (attend_prefill_copies.cuh), or by
+// expanding pages themselves (attend_prefill_pages.cuh) where few blocks share them. Two warpgroups
+// of 64 rows each attend (attend_prefill_rows.cuh): S = Q'.K^T, P = 2^(S - m + 8) in FP16, O +=
+// P.V, with S, P and O in registers. What was stored as a product with a page's scale comes back as
+// a factor of the scores, or of O where it changes; so do softmax_scale and log2(e), which leaves
+// queries of 16 bits as they are. Where FP16 does not hold q', what it left is multiplied too.
+// q'.mean(K) is added to the scores in FP32, mean(V) is part of V's tile.
 //
 // The warpgroups meet at barriers of the ring only, so that one's softmax falls into another's
 // products; up to 128 dims there are registers for P.V of a page to run beside the softmax of the
@@ -18,7 +19,8 @@
 #pragma once
 
 #include "cuda/attend_launch.h"
-#include "cuda/attend_prefill_groups.cuh"
+#include "cuda/attend_prefill_copies.cuh"
+#include "cuda/attend_prefill_make.cuh"
 #include "cuda/attend_prefill_pages.cuh"
 #include "cuda/attend_prefill_rows.cuh"
 #include "cuda/attend_query.cuh"
@@ -42,13 +44,12 @@ __device__ inline void set_registers_of_attenders() {
 
 // q' of the tile's rows as FP16 and what that left (q_low may be null); rows that do not exist are
 // 0. The number of terms that scores need.
-template <int D>
+template <int D, int kThreads>
 __device__ int load_queries(const AttendArgs& a, const TileView& v, int head, uint8_t* q,
                             uint8_t* q_low, PrefillShared& shared) {
   const int lane = threadIdx.x % 32;
   bool left = false;
-  for (int r = threadIdx.x / 32; r < kPrefillRows;
-       r += prefill_threads(prefill_fillers<D>()) / 32) {
+  for (int r = threadIdx.x / 32; r < kPrefillRows; r += kThreads / 32) {
     float x[D / 32] = {};
     if (v.first_row + r < v.end_row) transform_row(a, v, head, v.first_row + r, lane, x);
     const int exponent = row_exponent(x);
@@ -71,22 +72,21 @@ __device__ int load_queries(const AttendArgs& a, const TileView& v, int head, ui
   return __syncthreads_or(a.two_terms != 0 && left) ? 2 : 1;
 }
 
-template <int D>
-__global__ void __launch_bounds__(prefill_threads(prefill_fillers<D>()), 1)
+template <int D, bool kMade>
+__global__ void __launch_bounds__(prefill_threads(prefill_fillers<D, kMade>()), 1)
     attend_prefill(const __grid_constant__ AttendArgs a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
   constexpr bool kServed = true;
 #else
-  constexpr bool kServed = D <= 128;  // prefill_stages()
+  constexpr bool kServed = D <= 128 && !kMade;  // prefill_stages()
 #endif
   if constexpr (kServed) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     __shared__ TileView view;
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int heads = a.g.kv_heads * static_cast<int>(a.limits.batch);
-    const int tile = a.row_tiles - 1 - static_cast<int>(blockIdx.x) / heads;
-    const int seq_head = static_cast<int>(blockIdx.x) % heads;
+    const int tile = a.row_tiles - 1 - static_cast<int>(blockIdx.x) / a.pass_heads;
+    const int seq_head = a.first_head + static_cast<int>(blockIdx.x) % a.pass_heads;
     const int head = seq_head % a.g.kv_heads;
     {
       const TileView v = tile_view(a, seq_head / a.g.kv_heads, tile);
@@ -101,29 +101,37 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D>()), 1)
     uint8_t* behind = values + a.stages * prefill_tile_bytes(D);
     PrefillShared& shared = *reinterpret_cast<PrefillShared*>(behind);
     uint8_t* means = behind + sizeof(PrefillShared);
+    constexpr int kFillers = prefill_fillers<D, kMade>();
     if (threadIdx.x == 0) {
       for (int i = 0; i < a.stages; ++i) {
-        barrier_init(&shared.k_full[i], 128);
-        barrier_init(&shared.v_full[i], 128);
+        // Of copies: one arrival with the bytes, one with what else attending warps need.
+        barrier_init(&shared.k_full[i], kMade ? 2 : 128);
+        barrier_init(&shared.v_full[i], kMade ? 1 : 128);
         barrier_init(&shared.k_empty[i], 8);
         barrier_init(&shared.v_empty[i], 8);
       }
+      if (kMade) fence_barrier_init();
     }
     __syncthreads();
-    const int terms = load_queries<D>(a, view, head, q, q_low, shared);
+    const PrefillTiles tiles{shared_address(q),
+                             shared_address(q_low == nullptr ? q : q_low),
+                             shared_address(k),
+                             shared_address(values),
+                             means,
+                             means + prefill_k_mean_bytes(D)};
+    [[maybe_unused]] MadeTiles<D, kMade> made(a, view, seq_head, shared, tiles);
+    if (threadIdx.x < 32) made.start();
+    const int terms = load_queries<D, prefill_threads(kFillers)>(a, view, head, q, q_low, shared);
     fence_stores_before_products();
     __syncthreads();
-    constexpr int kFillers = prefill_fillers<D>();
     if (threadIdx.x < 128 * kFillers) {
       set_registers_of_filler<kFillers>();
       const auto fill = [&]<int kSides>() {
-        PrefillPages<D, kSides> pages(
-            a, view, head, seq_head, shared,
-            {shared_address(q), shared_address(q_low == nullptr ? q : q_low), shared_address(k),
-             shared_address(values), means, means + prefill_k_mean_bytes(D)});
-        pages.run(view);
+        PrefillPages<D, kSides>(a, view, seq_head, shared, tiles).run(view);
       };
-      if constexpr (kFillers == 1) {
+      if constexpr (kMade) {
+        made.run(view);
+      } else if constexpr (kFillers == 1) {
         fill.template operator()<kFillKeys | kFillValues>();
       } else if (threadIdx.x < 128) {
         fill.template operator()<kFillKeys>();
@@ -132,17 +140,14 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D>()), 1)
       }
     } else {
       set_registers_of_attenders<kFillers>();
-      PrefillRows<D> rows(a, view, head);
-      const typename PrefillRows<D>::Tiles tiles{
-          {shared_address(q), shared_address(q_low == nullptr ? q : q_low)},
-          shared_address(k),
-          shared_address(values)};
+      PrefillRows<D, kFillers> rows(a, view, head);
+      const typename PrefillRows<D, kFillers>::Tiles from{{tiles.q, tiles.q_low}, tiles.k, tiles.v};
       if (prefill_k_tiles(a) == 2) {
-        rows.template run<2, 2>(shared, tiles);
+        rows.template run<2, 2>(shared, from);
       } else if (terms == 2) {
-        rows.template run<2, 1>(shared, tiles);
+        rows.template run<2, 1>(shared, from);
       } else {
-        rows.template run<1, 1>(shared, tiles);
+        rows.template run<1, 1>(shared, from);
       }
       if (a.g.v.rotated) rows.rotate_back();
       rows.store();
@@ -150,18 +155,26 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D>()), 1)
   }
 }
 
-template <int D>
-void launch_prefill(const AttendArgs& a, cudaStream_t stream) {
+template <int D, bool kMade>
+void launch_prefill_as(const AttendArgs& a, cudaStream_t stream) {
+  const auto kernel = attend_prefill<D, kMade>;
   const int bytes = prefill_shared_bytes(D, a.g.k.layered() || a.two_terms != 0, a.stages);
-  check(cudaFuncSetAttribute(attend_prefill<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "attend_prefill");
   // Its launch bounds, which depend on the device's code (prefill_fillers()).
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, attend_prefill<D>), "attend_prefill");
+  check(cudaFuncGetAttributes(&attributes, kernel), "attend_prefill");
   const dim3 block(static_cast<unsigned>(attributes.maxThreadsPerBlock));
-  const dim3 grid(static_cast<unsigned>(int64_t{a.row_tiles} * a.g.kv_heads * a.limits.batch));
-  launch_after_previous(attend_prefill<D>, {grid, block, static_cast<size_t>(bytes)}, a, stream,
+  const dim3 grid(static_cast<unsigned>(int64_t{a.row_tiles} * a.pass_heads));
+  launch_after_previous(kernel, {grid, block, static_cast<size_t>(bytes)}, a, stream,
                         "attend_prefill");
+}
+
+template <int D>
+void launch_prefill(const AttendArgs& a, bool made, cudaStream_t stream) {
+  if (!made) return launch_prefill_as<D, false>(a, stream);
+  launch_prefill_tiles<D>(a, stream);
+  launch_prefill_as<D, true>(a, stream);
 }
 
 }  // namespace thriftattn::cuda

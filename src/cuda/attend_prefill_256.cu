@@ -1,4 +1,4 @@
-// attend_prefill for head_dim 256.
+// attend_prefill and prefill_tiles for head_dim 256.
 #include "cuda/attend_prefill.cuh"
 
-template void thriftattn::cuda::launch_prefill<256>(const AttendArgs&, cudaStream_t);
+template void thriftattn::cuda::launch_prefill<256>(const AttendArgs&, bool, cudaStream_t);

@@ -16,12 +16,6 @@
 
 namespace thriftattn::cuda {
 
-// Tiles of K a page has. Base and residual of layered K are one tile, rounded to FP16's 11 bits,
-// and so are codes times scales of FP8 rows; beside FP32 queries they are two.
-__device__ inline int prefill_k_tiles(const AttendArgs& a) {
-  return a.two_terms != 0 && (a.g.k.layered() || a.g.k.kind == SideKind::fp8) ? 2 : 1;
-}
-
 // What codes of a base plane are multiplied with beside their scales: an FP16 pair; of MXFP4 the
 // power of two that is the tile's unit.
 struct BaseFactor {
@@ -43,12 +37,6 @@ class TileFiller {
   }
 
   __device__ int k_tiles() const { return k_tiles_; }
-  __device__ const uint8_t* k_mean(const PageFacts& f) const {
-    // Of open pages the reference that they were centred by.
-    return f.open >= 0 ? a_.call.memory.open + int64_t{f.open} * a_.g.open_bytes +
-                             a_.g.open_reference + int64_t{head_} * (2 * D)
-                       : side_at(a_.g.k, f) + a_.g.k.mean;
-  }
 
   // Of a page that holds `tokens` tokens. `mean` is the shared address of 2 * D bytes of the warp.
   __device__ void fetch_k(const PageFacts& f, int tokens, int part, uint32_t tile) const;

@@ -11,7 +11,7 @@
 namespace thriftattn::cuda {
 
 // 16 rows of a warp; a lane has rows g and g + 8 of them (attend_prefill_tile.cuh).
-template <int D>
+template <int D, int kFillers>
 class PrefillRows {
  public:
   __device__ PrefillRows(const AttendArgs& a, const TileView& v, int head)
@@ -46,7 +46,6 @@ class PrefillRows {
   __device__ void store() const;
 
  private:
-  static constexpr int kFillers = prefill_fillers<D>();
   static constexpr float kEmpty = -1e30f;  // finite, so that differences are
   static constexpr float kShift = 8.0f;    // P is at most 2^15: FP16 goes to 2^16
 #ifdef THRIFTATTN_WGMMA
@@ -100,9 +99,9 @@ class PrefillRows {
 };
 
 // Scores in base-2 units with the softcap, -inf where a row does not see a token.
-template <int D>
-__device__ void PrefillRows<D>::mask(float (&s)[8][4], float (&factor)[2], float (&offset)[2],
-                                     int page) const {
+template <int D, int kFillers>
+__device__ void PrefillRows<D, kFillers>::mask(float (&s)[8][4], float (&factor)[2],
+                                               float (&offset)[2], int page) const {
   const float to_power = a_.softcap > 0 ? 2.0f * kLog2e / a_.softcap : 0.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -129,9 +128,9 @@ __device__ void PrefillRows<D>::mask(float (&s)[8][4], float (&factor)[2], float
 
 // Scores s * factor + offset become P, and are summed. Whether the reference moved: O must be
 // multiplied with `move` before these P are used.
-template <int D>
-__device__ bool PrefillRows<D>::weigh(float (&s)[8][4], const float (&factor)[2],
-                                      const float (&offset)[2], float (&move)[2]) {
+template <int D, int kFillers>
+__device__ bool PrefillRows<D, kFillers>::weigh(float (&s)[8][4], const float (&factor)[2],
+                                                const float (&offset)[2], float (&move)[2]) {
   float top[2];
   bool above = false;
 #pragma unroll
@@ -173,8 +172,8 @@ __device__ bool PrefillRows<D>::weigh(float (&s)[8][4], const float (&factor)[2]
 }
 
 // Of item n, whose K is in its stage.
-template <int D>
-__device__ typename PrefillRows<D>::PageTerms PrefillRows<D>::page_terms(
+template <int D, int kFillers>
+__device__ typename PrefillRows<D, kFillers>::PageTerms PrefillRows<D, kFillers>::page_terms(
     const PrefillShared& shared, int n, int stage) const {
   const StageNote note = shared.notes[stage];
   const int page = v_.page_begin + n;
@@ -191,18 +190,19 @@ __device__ typename PrefillRows<D>::PageTerms PrefillRows<D>::page_terms(
 }
 
 // From a page's scores to P; gives the stage of its K back. What weigh() says.
-template <int D>
-__device__ bool PrefillRows<D>::weigh_page(PrefillShared& shared, PageTerms& terms, int stage,
-                                           float (&s)[8][4], float (&move)[2]) {
+template <int D, int kFillers>
+__device__ bool PrefillRows<D, kFillers>::weigh_page(PrefillShared& shared, PageTerms& terms,
+                                                     int stage, float (&s)[8][4],
+                                                     float (&move)[2]) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(&shared.k_empty[stage]);
   if (terms.masked) mask(s, terms.factor, terms.offset, terms.page);
   return weigh(s, terms.factor, terms.offset, move);
 }
 
-template <int D>
+template <int D, int kFillers>
 template <int kTerms, int kTiles>
-__device__ void PrefillRows<D>::run(PrefillShared& shared, const Tiles& tiles) {
+__device__ void PrefillRows<D, kFillers>::run(PrefillShared& shared, const Tiles& tiles) {
   constexpr uint32_t kTile = prefill_tile_bytes(D);
   const int lane = threadIdx.x % 32;
   const int q_row = (threadIdx.x / 128 - kFillers) * 64;
@@ -300,8 +300,8 @@ __device__ inline void store_two(const AttendCall& c, int64_t i, float x, float 
 }
 
 // Out, LSE and its floor of the rows.
-template <int D>
-__device__ void PrefillRows<D>::store() const {
+template <int D, int kFillers>
+__device__ void PrefillRows<D, kFillers>::store() const {
   const int64_t q_heads = int64_t{a_.g.kv_heads} * a_.g.group;
   const int64_t stride = a_.call.out_token_stride ? a_.call.out_token_stride : q_heads * D;
 #pragma unroll

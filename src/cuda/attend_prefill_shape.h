@@ -60,6 +60,26 @@ constexpr int prefill_stages(int dim, bool q_low, int major, int minor) {
   while (stages > 0 && prefill_shared_bytes(dim, q_low, stages) > limit) --stages;
   return stages;
 }
+// Whether tiles are made before attend_prefill: (sequence, KV head)s of a pass, whose tiles fit
+// into most_bytes, or 0 where pages are better expanded by each block that needs them. Costs are
+// clocks a page (head_dim 128): of a block, and of making its tiles by all multiprocessors.
+struct PrefillWork {
+  int64_t heads = 1, row_tiles = 1;  // blocks
+  int64_t head_bytes = 0, most_bytes = 0;
+  int64_t multiprocessors = 1;
+};
+constexpr int32_t prefill_pass_heads(const PrefillWork& w) {
+  constexpr int64_t kExpanding = 3100, kMade = 1900, kMaking = 6500;
+  const int64_t fit = w.most_bytes / w.head_bytes < w.heads ? w.most_bytes / w.head_bytes : w.heads;
+  if (fit == 0) return 0;
+  const auto waves = [&](int64_t heads) {
+    return (heads * w.row_tiles + w.multiprocessors - 1) / w.multiprocessors;
+  };
+  const int64_t passes = (w.heads + fit - 1) / fit, each = (w.heads + passes - 1) / passes;
+  const int64_t made = passes * waves(each) * kMade + w.heads * kMaking / w.multiprocessors;
+  return made < waves(w.heads) * kExpanding ? static_cast<int32_t>(each) : 0;
+}
+
 static_assert(prefill_stages(128, true, 9, 0) >= 3 && prefill_stages(256, true, 9, 0) >= 1);
 
 }  // namespace thriftattn::cuda

@@ -15,12 +15,13 @@ namespace thriftattn::cuda {
 #define THRIFTATTN_WGMMA 1
 #endif
 
-// Warpgroups that fill tiles: one of K and one of V, or one of both where the attending threads
-// need the registers. Host code asks the kernel (launch_prefill()).
-template <int D>
+// Warpgroups that fill tiles: one that copies those made before (kMade); else one of K and one of
+// V, or one of both where the attending threads need the registers. Host code asks the kernel
+// (launch_prefill()).
+template <int D, bool kMade>
 __host__ __device__ constexpr int prefill_fillers() {
 #ifdef THRIFTATTN_WGMMA
-  return D <= 128 ? 2 : 1;
+  return D <= 128 && !kMade ? 2 : 1;
 #else
   return 1;
 #endif

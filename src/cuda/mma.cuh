@@ -164,6 +164,29 @@ struct StageCopy {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// One lane's bulk copy of `bytes` (a multiple of 16, aligned so): into shared memory, to be expected
+// by the barrier, and out of it, in a group of its own.
+__device__ inline void bulk_load(uint32_t to, const uint8_t* from, int bytes, uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
+}
+__device__ inline void bulk_store(uint8_t* to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+// Until the lane's bulk stores have read what they store.
+__device__ inline void bulk_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+#endif
+
 // Writes by ordinary stores come before later bulk copies into the same place.
 __device__ inline void fence_stores_before_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

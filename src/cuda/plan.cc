@@ -67,6 +67,8 @@ Workspace lay_out(const AttendPlan::State& s) {
   w.partial_ml = layout.take(heads * s.splits * w.rows * 8);
   if (s.prefill_stages > 0) {
     w.facts = layout.take(heads * s.limits.max_pages * static_cast<int64_t>(sizeof(PageFacts)));
+    const int64_t pages = s.limits.max_pages * prefill_tile_bytes(static_cast<int>(dim));
+    w.tiles = layout.take(std::max(s.prefill_pass_heads[0] * 2 * pages, s.prefill_pass_heads[1] * 3 * pages));
   }
   if (s.geometry.budget != 0) {
     w.chosen_residuals = layout.take(heads * s.limits.max_pages * 4);
@@ -117,6 +119,15 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   if (s->planes && !limits.batch_invariant) s->splits = most_unit_splits(limits.max_pages + 1);
   if (limits.step_tokens > kMaxPositions) {
     s->prefill_stages = prefill_stages(s->geometry.k.dim, s->geometry.k.layered(), s->major, s->minor);
+    const bool two_tiles = s->geometry.k.layered() || s->geometry.k.kind == SideKind::fp8;
+    for (int k_tiles = 1; k_tiles <= (two_tiles ? 2 : 1) && s->major == 9; ++k_tiles) {
+      s->prefill_pass_heads[k_tiles - 1] = prefill_pass_heads(
+          {.heads = limits.batch * shape.kv_heads,
+           .row_tiles = (limits.step_tokens * s->geometry.group + kPrefillRows - 1) / kPrefillRows,
+           .head_bytes = limits.max_pages * prefill_tile_bytes(s->geometry.k.dim) * (k_tiles + 1),
+           .most_bytes = limits.tile_bytes,
+           .multiprocessors = s->multiprocessors});
+    }
   }
   if (s->planes) s->slots = s->multiprocessors * planes_blocks(s->geometry.k.dim, s->n_tiles);
   s->workspace = lay_out(*s);
@@ -150,9 +161,13 @@ std::string AttendPlan::explain() const {
   std::string of_f32;
   if (wide == 0) of_f32 = " (FP32 queries: passes)";
   if (wide > 0 && wide != s.prefill_stages) of_f32 = fmt::format(" ({} for FP32 queries)", wide);
-  return fmt::format("attend_prefill: {}, tile of {} query rows x {} tokens, {} stages{}; {}: {}, passes of {} positions",
+  std::string pages = "pages expanded by each tile";
+  if (const int32_t heads = s.prefill_pass_heads[0]; heads > 0) {
+    pages = fmt::format("pages expanded before it, {} KV heads a pass", heads);
+  }
+  return fmt::format("attend_prefill: {}, tile of {} query rows x {} tokens, {} stages{}, {}; {}: {}, passes of {} positions",
                      s.major == 9 ? "wgmma" : "mma.sync", kPrefillRows, kPageTokens, s.prefill_stages,
-                     of_f32, when, decode, s.positions);
+                     of_f32, pages, when, decode, s.positions);
 }
 
 }  // namespace thriftattn::cuda

@@ -75,6 +75,7 @@ struct Workspace {
   // each of 16, [batch][kv_heads][max_pages][16]; and keys of pages that shared memory does not hold,
   // [batch][kv_heads][positions][max_pages - kHeldKeys].
   int64_t chosen_residuals = 0, choices = 0, keys = 0;
+  int64_t tiles = 0;         // of a pass: [heads][max_pages][tiles of K and V] FP16 [64][dim]
   int64_t bytes = 0;
 };
 
@@ -94,6 +95,9 @@ struct AttendPlan::State {
   int64_t positions = 1;  // query positions of one pass: min(step_tokens, 16)
   int64_t splits = 1;
   int prefill_stages = 0;  // of attend_prefill; 0: it is not used
+  // (Sequence, KV head)s of a pass of attend_prefill whose tiles are made before it, with one tile of K
+  // a page and with two; 0: pages are expanded where they are used.
+  int32_t prefill_pass_heads[2] = {0, 0};
   Workspace workspace;
 };
 

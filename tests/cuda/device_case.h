@@ -58,6 +58,10 @@ class DeviceCase {
   Result attend();
   // For the timing and graph tests: everything but q and the outputs.
   cuda::AttendCall call();
+  // Another plan: workspace for prefill's tiles, 0 for none.
+  void plan_with(int64_t tile_bytes);
+  // Queries go to the device in BF16 from here on, without loss: for cases whose queries are BF16 numbers.
+  void narrow_queries();
   // Moves the pages `slots` slots up in a pool as much larger.
   void move_pages(int64_t slots);
   Result read() const;
@@ -70,6 +74,7 @@ class DeviceCase {
   };
   Truth truth(const Result& result) const;
   void check(const std::string& what, double bound);
+  void compare(const Result& result, const Truth& truth, const std::string& what, double bound) const;
   // 20 runs give the same bits, and equal sequences of the batch too: all cases must be equal.
   void check_repeats();
   // Decisions against the rule: what they follow from, and the guarantee.
@@ -90,6 +95,7 @@ class DeviceCase {
   std::vector<std::unique_ptr<AttentionCase>> cases_;
   int64_t max_pages_ = 0, open_pages_ = 2;
   std::unique_ptr<cuda::AttendPlan> plan_;
+  cuda::Element q_element_ = cuda::Element::f32;
   std::vector<int32_t> lengths_, host_blocks_;
   cuda::DeviceMemory pages_, residuals_, open_, equalizer_, blocks_, residual_ids_, open_ids_,
       d_lengths_, q_, out_, lse_, floor_, decisions_, sinks_, workspace_;
@@ -173,10 +179,6 @@ inline DeviceCase::DeviceCase(std::vector<CaseOptions> options, int64_t spare_pa
       }
     }
   }
-  plan_ = std::make_unique<cuda::AttendPlan>(
-      first.shape, first.policy,
-      cuda::AttendLimits{.batch = batch, .max_pages = max_pages_, .step_tokens = first.queries,
-                         .open_pages = open_pages_});
   pages_ = to_device(pages);
   residuals_ = to_device(residuals);
   open_ = to_device(open);
@@ -193,9 +195,28 @@ inline DeviceCase::DeviceCase(std::vector<CaseOptions> options, int64_t spare_pa
   lse_ = cuda::DeviceMemory(rows * 4);
   floor_ = cuda::DeviceMemory(rows * 4);
   decisions_ = cuda::DeviceMemory(batch * first.queries * max_pages_ * heads);
+  plan_with(cuda::AttendLimits{}.tile_bytes);
+}
+
+inline void DeviceCase::plan_with(int64_t tile_bytes) {
+  plan_ = std::make_unique<cuda::AttendPlan>(
+      shape(), policy(),
+      cuda::AttendLimits{.batch = static_cast<int64_t>(cases_.size()), .max_pages = max_pages_,
+                         .step_tokens = queries(), .open_pages = open_pages_, .tile_bytes = tile_bytes});
   workspace_ = cuda::DeviceMemory(plan_->workspace_bytes());
   cuda::fill(workspace_.data(), kPoison, workspace_.bytes(), nullptr);
   cuda::synchronize(nullptr);
+}
+
+inline void DeviceCase::narrow_queries() {
+  const std::vector<float> wide = to_host<float>(q_, static_cast<size_t>(q_.bytes() / 4));
+  std::vector<uint16_t> narrow(wide.size());
+  for (size_t i = 0; i < narrow.size(); ++i) {
+    narrow[i] = f32_to_bf16(wide[i]);
+    ASSERT_EQ(bf16_to_f32(narrow[i]), wide[i]) << i;
+  }
+  q_ = to_device(narrow);
+  q_element_ = cuda::Element::bf16;
 }
 
 inline void DeviceCase::move_pages(int64_t slots) {
@@ -217,7 +238,7 @@ inline cuda::AttendCall DeviceCase::call() {
   std::vector<float> out;
   c.config = cases_.front()->request(out).config;
   c.q = q_.data();
-  c.q_element = cuda::Element::f32;
+  c.q_element = q_element_;
   c.out = out_.data();
   c.out_element = cuda::Element::f32;
   c.lse = lse_.as<float>();
@@ -409,7 +430,11 @@ inline DeviceCase::Truth DeviceCase::truth(const Result& result) const {
 
 inline void DeviceCase::check(const std::string& what, double bound) {
   const Result r = attend();
-  const Truth t = truth(r);
+  compare(r, truth(r), what, bound);
+}
+
+inline void DeviceCase::compare(const Result& r, const Truth& t, const std::string& what,
+                                double bound) const {
   EXPECT_LT(row_error(r.out, t.out, shape().head_dim_v), bound) << what;
   ASSERT_EQ(r.lse.size(), t.lse.size());
   double worst = 0;

@@ -36,11 +36,24 @@ void expect_prefill(const DeviceCase& c) {
   EXPECT_EQ(c.plan().explain().rfind("attend_prefill: ", 0) == 0, stages > 0) << c.plan().explain();
 }
 
-void check(const CaseOptions& o, const std::string& what) {
-  DeviceCase c({o});
-  expect_prefill(c);
-  c.check(what + ", length " + std::to_string(o.length) + ", " + std::to_string(o.queries) + " queries",
-          kTightCuda);
+// Against the truth with FP32 and with BF16 queries, each with tiles made beforehand and with pages
+// expanded where they are used: the tiles are the same, so the outputs are.
+void check(CaseOptions o, const std::string& what) {
+  for (const bool narrow : {false, true}) {
+    o.bf16_queries = narrow;
+    DeviceCase c({o});
+    expect_prefill(c);
+    if (narrow) c.narrow_queries();
+    const std::string which = what + ", length " + std::to_string(o.length) + ", " +
+                              std::to_string(o.queries) + (narrow ? " BF16 queries" : " FP32 queries");
+    const DeviceCase::Result made = c.attend();
+    c.compare(made, c.truth(made), which, kTightCuda);
+    c.plan_with(0);
+    const DeviceCase::Result in_place = c.attend();
+    EXPECT_EQ(std::memcmp(made.out.data(), in_place.out.data(), made.out.size() * 4), 0) << which;
+    EXPECT_EQ(std::memcmp(made.lse.data(), in_place.lse.data(), made.lse.size() * 4), 0) << which;
+    EXPECT_EQ(made.decisions, in_place.decisions) << which;
+  }
 }
 
 TEST(CudaPrefillShape, StagesFitTheDevice) {
@@ -120,6 +133,53 @@ TEST(CudaPrefill, WindowSoftcapSinksOffset) {
       check(o, "window " + std::to_string(window));
     }
   }
+}
+
+// Keys far from 0: q' has more digits than FP16 in scores and in q'.mean(K), or the LSE is off.
+TEST(CudaPrefill, KeysWithALargeMean) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(1.0, 0.0), plain_policy(Format::bf16)}) {
+    CaseOptions o = options(policy, 300, 40);
+    o.k_offset = 100.0f;
+    check(o, "offset 100");
+  }
+}
+
+// KV heads take turns in a small workspace; in none they do not.
+TEST(CudaPrefill, PassesOverHeads) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(1.0, 0.0), plain_policy(Format::bf16)}) {
+    CaseOptions o = options(policy, 300, 40);
+    o.shape = {.kv_heads = 5, .q_heads = 320, .head_dim_k = 128, .head_dim_v = 128};
+    DeviceCase c({o, o, o});
+    const DeviceCase::Result one = c.attend();
+    const int64_t all = c.plan().workspace_bytes();
+    // Of layered pages a head has 3 tiles a page, of plain ones 2.
+    const int64_t head = c.max_pages() * 3 * cuda::prefill_tile_bytes(128);
+    for (const int64_t bytes : {8 * head, 4 * head, head / 4}) {
+      c.plan_with(bytes);
+      EXPECT_LT(c.plan().workspace_bytes(), all);
+      const DeviceCase::Result r = c.attend();
+      EXPECT_EQ(std::memcmp(one.out.data(), r.out.data(), r.out.size() * 4), 0) << bytes;
+    }
+  }
+}
+
+TEST(CudaPrefillShape, TilesAreMadeWhereThatPays) {
+  using cuda::prefill_pass_heads;
+  constexpr int64_t kHead = int64_t{512} * 2 * cuda::prefill_tile_bytes(128), kSms = 132;
+  const auto heads = [&](int64_t all, int64_t row_tiles, int64_t bytes) {
+    return prefill_pass_heads({all, row_tiles, kHead, bytes, kSms});
+  };
+  EXPECT_EQ(heads(8, 64, 8 * kHead), 8);
+  EXPECT_EQ(heads(8, 64, 8 * kHead - 1), 4);  // two passes alike
+  EXPECT_EQ(heads(8, 64, kHead - 1), 0);
+  EXPECT_EQ(heads(8, 64, 0), 0);
+  EXPECT_EQ(heads(8, 1, 8 * kHead), 8);      // processors that would be idle make tiles
+  EXPECT_EQ(heads(64, 1, 64 * kHead), 0);    // one row tile a head pays for no tiles
+  EXPECT_EQ(heads(1024, 1, 1024 * kHead), 0);
+  EXPECT_EQ(heads(64, 64, 64 * kHead), 64);
+  EXPECT_EQ(heads(8, 8, kHead), 0);          // turns would leave processors idle
 }
 
 TEST(CudaPrefill, NotCausal) {

@@ -216,6 +216,10 @@ __device__ void PrefillRows<D, kFillers>::run(PrefillShared& shared, const Tiles
       }
     }
   } keys, values;  // of the next scores, and of the values of the page before
+  // With one filler there are registers for Q' as well: shared memory is then read for K alone.
+  constexpr bool kHeld = kFillers == 1 && kOverlap && kTerms == 1 && kTiles == 1;
+  [[maybe_unused]] HeldQueries<kHeld ? D : 16> held;
+  if constexpr (kHeld) held.load(tiles.q[0], q_row + threadIdx.x / 32 % 4 * 16);
   float s[8][4] = {}, move[2];
   uint32_t p[4][4];
   bool moved;
@@ -244,10 +248,15 @@ __device__ void PrefillRows<D, kFillers>::run(PrefillShared& shared, const Tiles
     hold_values<D>(p, o_);
     if constexpr (kOverlap && kTiles == 1) {
       barrier_wait(&shared.k_full[keys.stage], keys.parity);
-      begin_scores<D, kTerms>(tiles.q, q_row, tiles.k + keys.stage * kTile, s);
-      terms = page_terms(shared, n, keys.stage);
+      if constexpr (kHeld) {
+        begin_scores<D>(held, tiles.k + keys.stage * kTile, s);
+      } else {
+        begin_scores<D, kTerms>(tiles.q, q_row, tiles.k + keys.stage * kTile, s);
+      }
       barrier_wait(&shared.v_full[values.stage], values.parity);
       begin_values<D>(p, tiles.v + values.stage * kTile, o_);
+      // Not before: its loads would keep the tensor cores waiting for the values.
+      terms = page_terms(shared, n, keys.stage);
       products_wait<1>();
       end_scores(s);
       moved = weigh_page(shared, terms, keys.stage, s, move);

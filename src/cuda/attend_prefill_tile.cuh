@@ -110,6 +110,18 @@ __device__ inline void wgmma_fragment(float (&d)[8][4], const uint32_t (&a)[4], 
         THRIFTATTN_EIGHT(d, 6)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+// d (64 rows of the warpgroup x 64) = or += A (64 x 16, fragments) * B (64 x 16)^T.
+__device__ inline void wgmma_held(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+      : THRIFTATTN_EIGHT(d, 0), THRIFTATTN_EIGHT(d, 2), THRIFTATTN_EIGHT(d, 4),
+        THRIFTATTN_EIGHT(d, 6)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
 #undef THRIFTATTN_EIGHT
 
 // Registers of a product are neither read nor written between issue and wait.
@@ -144,6 +156,32 @@ template <int N>
 __device__ inline void products_wait() {
 #ifdef THRIFTATTN_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// The warp's 16 rows of Q in registers: shared memory is then read for K alone.
+template <int D>
+struct HeldQueries {
+  uint32_t x[D / 16][4];
+
+  __device__ void load(uint32_t q, int row) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      load_left(x[i], q, kPrefillRows, row, i, static_cast<int>(threadIdx.x % 32));
+    }
+  }
+};
+template <int D>
+__device__ void begin_scores(const HeldQueries<D>& q, uint32_t k, float (&s)[8][4]) {
+#ifdef THRIFTATTN_WGMMA
+  const PanelDescriptor from_k(k);
+  hold(s);
+  products_begin();
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    wgmma_held(s, q.x[i], from_k.behind(i / 4 * 64 * 128 + i % 4 * 32), i > 0);
+  }
+  products_end();
 #endif
 }
 

@@ -87,7 +87,8 @@ class ItemWalk {
   __device__ int column_row(int c) const { return c / 2 * 8 + 2 * j_ + (c & 1); }
   // Whether the walk's n-th place holds an item, and which.
   __device__ bool exists(int n) const {
-    if (n >= items_ || item_of(n) < 0 || n == 0) return n == 0 && n < items_;
+    if (n >= items_ || item_of(n) < 0) return false;
+    if (n == 0) return true;
     return first_ == 0 ? n >= a_.split_rule.open_items : n > 1 || first_ > heavy_;
   }
   __device__ int item_of(int n) const {
@@ -140,7 +141,7 @@ class ItemWalk {
   int lane_, g_, j_;
   int first_ = 0, stride_ = 1;
   int heavy_ = 0;  // walks after that with first_ = 0 whose first item takes two places
-  int items_ = 0;  // of the walk
+  int items_ = 0;  // places of the walk
   bool rules_ = false;
 };
 

@@ -59,7 +59,7 @@ class DeviceCase {
   // For the timing and graph tests: everything but q and the outputs.
   cuda::AttendCall call();
   // Another plan: workspace for prefill's tiles, 0 for none.
-  void plan_with(int64_t tile_bytes);
+  void plan_with(int64_t tile_bytes, bool batch_invariant = false);
   // Queries go to the device in BF16 from here on, without loss: for cases whose queries are BF16 numbers.
   void narrow_queries();
   // Moves the pages `slots` slots up in a pool as much larger.
@@ -198,11 +198,12 @@ inline DeviceCase::DeviceCase(std::vector<CaseOptions> options, int64_t spare_pa
   plan_with(cuda::AttendLimits{}.tile_bytes);
 }
 
-inline void DeviceCase::plan_with(int64_t tile_bytes) {
+inline void DeviceCase::plan_with(int64_t tile_bytes, bool batch_invariant) {
   plan_ = std::make_unique<cuda::AttendPlan>(
       shape(), policy(),
       cuda::AttendLimits{.batch = static_cast<int64_t>(cases_.size()), .max_pages = max_pages_,
-                         .step_tokens = queries(), .open_pages = open_pages_, .tile_bytes = tile_bytes});
+                         .step_tokens = queries(), .open_pages = open_pages_,
+                         .batch_invariant = batch_invariant, .tile_bytes = tile_bytes});
   workspace_ = cuda::DeviceMemory(plan_->workspace_bytes());
   cuda::fill(workspace_.data(), kPoison, workspace_.bytes(), nullptr);
   cuda::synchronize(nullptr);

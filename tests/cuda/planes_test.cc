@@ -82,6 +82,54 @@ TEST(CudaPlanes, MoreUnitsThanBlocks) {
   c.check("fourth call", kTightCuda);
 }
 
+// 70 sequences from less than a page to 300 of them: units of sequence after sequence, looked up 32
+// sequences at a time; and the units of one sequence are not those that it has by itself.
+std::vector<CaseOptions> ragged(LayerPolicy policy, int64_t queries) {
+  std::vector<CaseOptions> cases;
+  for (int i = 0; i < 70; ++i) {
+    CaseOptions o = options(policy, i % 7 == 3 ? 19200 - 100 * i : 40 + 37 * i);
+    o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 64, .head_dim_v = 64};
+    o.equalizer = false;  // it belongs to the model, and differs by seed here
+    o.queries = queries;
+    o.seed = static_cast<uint32_t>(i + 1);
+    cases.push_back(o);
+  }
+  return cases;
+}
+
+TEST(CudaPlanes, UnitsOfARaggedBatch) {
+  SKIP_WITHOUT_DEVICE();
+  DeviceCase decode(ragged(sealed_policy(64, 512), 1));
+  decode.check("decode", kTightCuda);
+  DeviceCase verify(ragged(layered_policy(0.05, 0.001), 3));
+  verify.check("three positions", kTightCuda);
+}
+
+TEST(CudaPlanes, BatchInvariantResultsAreThoseOfOneAlone) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t queries : {1, 3}) {
+    const std::vector<CaseOptions> cases = ragged(sealed_policy(64, 512), queries);
+    DeviceCase batch(cases);
+    const auto shared = batch.attend();
+    batch.plan_with(0, true);
+    batch.check("by its own length", kTightCuda);
+    const auto all = batch.attend();
+    bool differs = false;
+    for (size_t b = 0; b < cases.size(); b += b < 40 ? 3 : 13) {
+      DeviceCase one({cases[b]});
+      one.plan_with(0, true);
+      const auto alone = one.attend();
+      const size_t n = alone.out.size();
+      EXPECT_EQ(std::memcmp(alone.out.data(), all.out.data() + b * n, n * 4), 0) << b;
+      EXPECT_EQ(std::memcmp(alone.lse.data(), all.lse.data() + b * alone.lse.size(),
+                            alone.lse.size() * 4), 0) << b;
+      differs |= std::memcmp(alone.out.data(), shared.out.data() + b * n, n * 4) != 0;
+    }
+    // What is asked for is not what happens anyway.
+    EXPECT_TRUE(differs) << queries;
+  }
+}
+
 // Masses of 0.02 or so, thresholds well below and above.
 TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
   SKIP_WITHOUT_DEVICE();

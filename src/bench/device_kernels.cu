@@ -155,7 +155,9 @@ void launch_part(DecodePart part, const cuda::AttendPlan& plan, const cuda::Atte
   const cuda::AttendArgs args = cuda::make_attend_args(plan.state(), call);
   switch (part) {
     case DecodePart::prepare:
-      return cuda::launch_prepare(args, stream);
+      cuda::launch_prepare(args, stream);
+      if (args.g.budget != 0) cuda::launch_select(args, stream);
+      return;
     case DecodePart::walk:
       return cuda::launch_walk(plan.state(), args, stream);
     case DecodePart::merge:

@@ -43,7 +43,8 @@ struct DrawCall {
 };
 void draw_rows(const DrawCall& call, cuda::Stream stream);
 
-// Of a decode step of at most 16 positions. The walk needs what prepare has left.
+// Of a decode step of at most 16 positions. The walk needs what prepare has left (and, of a budget,
+// select, which is part of it here).
 enum class DecodePart : uint8_t { prepare, walk, merge };
 void launch_part(DecodePart part, const cuda::AttendPlan& plan, const cuda::AttendCall& call,
                  cuda::Stream stream);

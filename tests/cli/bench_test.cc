@@ -138,7 +138,7 @@ TEST_F(CliBench, DeviceRefusals) {
   EXPECT_SAYS(on_device("decode", {"--working-set", "1GB"}, 2), "--working-set");
   EXPECT_SAYS(error({"bench", "--suite", "--device", "cuda"}, 2), "--suite");
   EXPECT_SAYS(on_device("decode", {"--policy", "thrifty,q8_0"}, 1), "supported: nvfp4");
-  EXPECT_SAYS(on_device("append", {"--policy", "paper-budget"}, 1), "promotion by budget");
+  EXPECT_SAYS(on_device("append", {"--policy", "paper-budget,score=quest"}, 1), "the block mean");
   EXPECT_SAYS(on_device("decode", {"--head-dim", "80"}, 1), "64, 128, 192, 256");
   EXPECT_SAYS(on_device("decode", {"--heads", "128/1"}, 1), "at most 64");
   EXPECT_SAYS(on_device("prefill", {"--promoted", "0.1"}, 1), "decode");

@@ -233,9 +233,9 @@ __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
   const bool kinds = kGroups ? a_.g.k.layered() && a_.g.v.layered()
                              : a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16;
   const bool walks = kinds && a_.softcap == 0;
-  // What several positions may promote is decide()'s; a page that is only skipped is so for the
-  // tile.
-  const int decided = v_.i_first == v_.i_last ? 0 : kItemPromotable;
+  // What several positions may promote, or some of them do by budget, is decide()'s; a page that is
+  // only skipped is so for the tile.
+  const int decided = (v_.i_first == v_.i_last ? 0 : kItemPromotable) | kItemChosen;
   for (int base = 0; base < items_; base += 32) {
     const int n = base + lane_;
     bool simple = false;

@@ -3,12 +3,12 @@
 // by append.cu alone, as append_block.cuh is.
 //
 // What stands in for what:
-//   MXFP4: x / scale      a product, the scale being a power of two: exact where a code depends on
-//   it. INT3: trunc(t / s)    comparisons of t with s, 2 s and 3 s. These are exact, and no t below
-//   k s is
-//                         so near to it that its quotient rounds to k: an E4M3 scale has 4 bits, so
-//                         for the next FP32 number below the quotient is at least 2^-24 of it below
-//                         k.
+//   MXFP4: x / scale     a product, the scale being a power of two: exact where a code depends on
+//                        it.
+//   INT3: trunc(t / s)   comparisons of t with s, 2 s and 3 s. These are exact, and no t below k s
+//                        is so near to it that its quotient rounds to k: an E4M3 scale has 4 bits,
+//                        so for the next FP32 number below, the quotient is at least 2^-24 of it
+//                        below k.
 #pragma once
 
 #include "cuda/append_block.cuh"

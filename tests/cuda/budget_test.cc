@@ -304,7 +304,8 @@ TEST(CudaBudget, OtherSidesOfThePage) {
   SKIP_WITHOUT_DEVICE();
   for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::bf16}, {Format::nvfp4, Format::fp8_e4m3},
                              {Format::bf16, Format::nvfp4}, {Format::fp8_e4m3, Format::nvfp4},
-                             {Format::mxfp4, Format::int3}, {Format::int3, Format::nvfp4}}) {
+                             {Format::nvfp4, Format::int3}, {Format::mxfp4, Format::int3},
+                             {Format::int3, Format::nvfp4}, {Format::int3, Format::mxfp4}}) {
     for (const int64_t queries : {1, 5}) {
       CaseOptions o = options(budget_policy(0.2), 1300, queries);
       o.policy.k_format = k;

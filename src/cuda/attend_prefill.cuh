@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D, kMade>()), 
     uint8_t* means = behind + sizeof(PrefillShared);
     constexpr int kFillers = prefill_fillers<D, kMade>();
     if (threadIdx.x == 0) {
+      barrier_init(&shared.offsets_full[0], 128);
+      barrier_init(&shared.offsets_full[1], 128);
       for (int i = 0; i < a.stages; ++i) {
         // Of copies: one arrival with the bytes, one with what else attending warps need.
         barrier_init(&shared.k_full[i], kMade ? 2 : 128);

@@ -180,6 +180,7 @@ __device__ void PrefillBatches<D, kKeys>::begin_batch(int batch) const {
   if (!kKeys || !a_.g.k.layered()) return;
   fetch_means(batch + 1);
   offsets(batch);
+  barrier_arrive(&shared_.offsets_full[batch % 2]);
 }
 
 }  // namespace thriftattn::cuda

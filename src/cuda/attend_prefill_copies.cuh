@@ -78,7 +78,6 @@ __device__ void PrefillCopies<D>::run(const TileView& v) {
       copies_wait(1);
       this->begin_batch(n / kPageBatch);
       copies_commit();
-      filler_barrier(1);  // offsets of all, before this warp says so
     }
     if (a_.call.decisions != nullptr) this->write_decisions(v, facts(n), page_begin_ + n);
     if (warp_ != 0) continue;

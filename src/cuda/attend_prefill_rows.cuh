@@ -68,7 +68,7 @@ class PrefillRows {
     int v_exponent, page;
     bool masked;
   };
-  __device__ PageTerms page_terms(const PrefillShared& shared, int n, int stage) const;
+  __device__ PageTerms page_terms(PrefillShared& shared, int n, int stage) const;
   __device__ bool weigh_page(PrefillShared& shared, PageTerms& terms, int stage, float (&s)[8][4],
                              float (&move)[2]);
   static __device__ void pack(const float (&s)[8][4], uint32_t (&p)[4][4]) {
@@ -174,7 +174,11 @@ __device__ bool PrefillRows<D, kFillers>::weigh(float (&s)[8][4], const float (&
 // Of item n, whose K is in its stage.
 template <int D, int kFillers>
 __device__ typename PrefillRows<D, kFillers>::PageTerms PrefillRows<D, kFillers>::page_terms(
-    const PrefillShared& shared, int n, int stage) const {
+    PrefillShared& shared, int n, int stage) const {
+  const int batch = n / kPageBatch;
+  if (a_.g.k.layered() && n % kPageBatch == 0) {
+    barrier_wait(&shared.offsets_full[batch % 2], batch / 2 & 1);
+  }
   const StageNote note = shared.notes[stage];
   const int page = v_.page_begin + n;
   PageTerms t = {{}, {0, 0}, note.v_exponent, page, false};
@@ -183,7 +187,7 @@ __device__ typename PrefillRows<D, kFillers>::PageTerms PrefillRows<D, kFillers>
   for (int r = 0; r < 2; ++r) {
     t.factor[r] = shared.row_factor[row_ + 8 * r] * note.k_factor;
     if (a_.g.k.layered()) {
-      t.offset[r] = shared.offsets[n / kPageBatch % 2][n % kPageBatch][row_ + 8 * r];
+      t.offset[r] = shared.offsets[batch % 2][n % kPageBatch][row_ + 8 * r];
     }
   }
   return t;

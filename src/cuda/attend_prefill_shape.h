@@ -33,6 +33,7 @@ struct StageNote {
 struct PrefillShared {
   uint64_t k_full[kPrefillMaxStages], k_empty[kPrefillMaxStages];
   uint64_t v_full[kPrefillMaxStages], v_empty[kPrefillMaxStages];
+  uint64_t offsets_full[2];
   StageNote notes[kPrefillMaxStages];
   PageFacts facts[2][4][kPageBatch];  // a filler's: this batch of pages and the two after it
   float row_factor[kPrefillRows];

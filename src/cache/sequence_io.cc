@@ -52,6 +52,11 @@ void clear_rows(OpenPage& open, const PageLayout& layout, int64_t from) {
   clear(open.k, layout.k.dim);
   clear(open.v, layout.v.dim);
 }
+bool rows_are_clear(const OpenPage& open, const PageLayout& layout, int64_t from) {
+  OpenPage cleared = open;
+  clear_rows(cleared, layout, from);
+  return cleared.k == open.k && cleared.v == open.v;
+}
 
 std::vector<uint8_t> held(const std::vector<int32_t>& ids) {
   std::vector<uint8_t> flags(ids.size());
@@ -171,13 +176,13 @@ void Loader::layer(size_t index) {
   fill(store.residuals, residuals, state.residuals);
   if (head.open_bytes > 0) {
     OpenPage& open = impl_.open_page(store, state, full_);
-    if (store.open) {
-      OpenPage read = impl_.blank_page(store, state, full_);
-      transfer(read, source_);
-      impl_.upload_open(store, read, open.slot);
-    } else {
-      transfer(open, source_);
+    OpenPage read = store.open ? impl_.blank_page(store, state, full_) : OpenPage{};
+    OpenPage& page = store.open ? read : open;
+    transfer(page, source_);
+    if (!rows_are_clear(page, store.layout, length_ - full_ * kPageTokens)) {
+      refuse(index, "has numbers in rows of the open page that no token holds");
     }
+    if (store.open) impl_.upload_open(store, read, open.slot);
   }
   state.reopened_page = head.reopened_page;
 }

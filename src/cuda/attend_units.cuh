@@ -28,7 +28,8 @@ class UnitSizes {
 
   __device__ int places(int seq) const {
     const TileView v = tile_view(a_, seq, 0);
-    return v.rows == 0 ? 0 : v.items + a_.split_rule.open_items - 1 + min(v.items, heavy_items(a_));
+    if (v.rows == 0 || a_.batch_invariant) return v.rows == 0 ? 0 : max(1, v.items);
+    return v.items + a_.split_rule.open_items - 1 + min(v.items, heavy_items(a_));
   }
   // Most places of a unit: that for which the launch takes the least time, if blocks take unit
   // after unit; 0 where splits go by a sequence's own length.

@@ -115,7 +115,7 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   s->n_tiles = rows <= 8 && !by_position ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
   s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
   // A page may be read sealed by some rows and open by others.
-  s->splits = splits_of(limits.max_pages + 1, s->split_rule);
+  s->splits = most_splits(limits.max_pages + 1, s->split_rule);
   if (s->planes && !limits.batch_invariant) s->splits = most_unit_splits(limits.max_pages + 1);
   if (limits.step_tokens > kMaxPositions) {
     s->prefill_stages = prefill_stages(s->geometry.k.dim, s->geometry.k.layered(), s->major, s->minor);

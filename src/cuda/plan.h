@@ -47,6 +47,14 @@ THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items, SplitRule rule) {
   return splits > few ? splits : few;
 }
 
+// Of any number of items up to this: splits_of() is now and then larger for fewer.
+inline int64_t most_splits(int64_t items, SplitRule rule) {
+  const int64_t full = (items + rule.min_items - 1) / rule.min_items, few = (items + 7) / 8;
+  const int64_t least = few < rule.few_splits ? few : rule.few_splits;
+  const int64_t most = full < rule.max_splits ? full : rule.max_splits;
+  return most > least ? most : least;
+}
+
 // Without batch_invariant a unit of attend_planes has at least kLeastPlaces items.
 inline constexpr int kLeastPlaces = 8;
 inline int64_t most_unit_splits(int64_t items) {

@@ -43,6 +43,17 @@ __host__ __device__ inline int prefill_k_tiles(const AttendArgs& a) {
   return a.two_terms != 0 && (a.g.k.layered() || a.g.k.kind == SideKind::fp8) ? 2 : 1;
 }
 
+// Sums of this lane and those before it. By a whole warp.
+template <class T>
+__device__ inline T warp_sum_up(T x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(~0u, x, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) x += other;
+  }
+  return x;
+}
+
 template <class T>
 __device__ T* workspace_at(const AttendArgs& a, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<uint8_t*>(a.call.workspace) + offset);

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
 }
 
 struct PlanesShape {
-  int threads, bytes, blocks;  // of an SM
+  int threads, bytes;  // of a block
 };
 inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& shape,
                                  const AttendArgs& a, cudaStream_t stream) {
@@ -138,18 +138,16 @@ inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& 
 }
 template <int D, int NT>
 void launch_planes_team(const AttendArgs& a, cudaStream_t stream) {
-  launch_planes_kernel(
-      attend_planes_team<D, NT>,
-      {64 * kTeams, static_cast<int>(sizeof(TeamsShared<D, NT>)), TeamShape<D, NT>::kBlocks}, a,
-      stream);
+  launch_planes_kernel(attend_planes_team<D, NT>,
+                       {64 * kTeams, static_cast<int>(sizeof(TeamsShared<D, NT>))}, a, stream);
 }
 
 template <int D>
 void launch_planes(const AttendArgs& a, int n_tiles, cudaStream_t stream) {
   if (n_tiles == 1) {
     return launch_planes_kernel(
-        attend_planes_solo<D>,
-        {32 * kSoloWarps, static_cast<int>(sizeof(SolosShared<D>)), kSoloBlocks<D>}, a, stream);
+        attend_planes_solo<D>, {32 * kSoloWarps, static_cast<int>(sizeof(SolosShared<D>))}, a,
+        stream);
   }
   if constexpr (D <= 128) {
     if (n_tiles == 4) return launch_planes_team<D, 4>(a, stream);

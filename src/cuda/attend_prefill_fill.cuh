@@ -82,6 +82,7 @@ class TileFiller {
   __device__ void fetch_fp8(uint32_t tile, const uint8_t* rows, int tokens) const;
 
   __device__ void expand_mean(const PageFacts& f, uint32_t mean) const;
+  __device__ void load_mean(uint32_t mean, int p, uint32_t (&m)[8]) const;
   template <bool kBoth, bool kMean>
   __device__ void expand_blocks(uint32_t tile, uint32_t factor, uint32_t residual,
                                 uint32_t mean) const;
@@ -190,6 +191,32 @@ __device__ void TileFiller<D>::expand_mean(const PageFacts& f, uint32_t mean) co
   store_chunk(at, chunk_of_bf16<true>(load_chunk(at), power_of_two(-f.v_exponent)));
 }
 
+// V's mean of a thread's 16 dims of panel p.
+template <int D>
+__device__ __forceinline__ void TileFiller<D>::load_mean(uint32_t mean, int p,
+                                                         uint32_t (&m)[8]) const {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint4 y = load_chunk(mean + p * 128 + block_ * 32 + h * 16);
+    m[4 * h] = y.x, m[4 * h + 1] = y.y, m[4 * h + 2] = y.z, m[4 * h + 3] = y.w;
+  }
+}
+
+// A chunk from codes of the base and, with kBoth, of the residual.
+template <bool kBoth>
+__device__ __forceinline__ uint4 chunk_of_codes(const Expanded& e, uint32_t scale,
+                                                const uint32_t* mean, uint32_t residual,
+                                                uint32_t residual_scale) {
+  uint4 y = {hfma2(e.even_low, scale, mean[0]), hfma2(e.even_high, scale, mean[1]),
+             hfma2(e.odd_low, scale, mean[2]), hfma2(e.odd_high, scale, mean[3])};
+  if constexpr (kBoth) {
+    const Expanded r = expand_e2m1(residual);
+    y = {hfma2(r.even_low, residual_scale, y.x), hfma2(r.even_high, residual_scale, y.y),
+         hfma2(r.odd_low, residual_scale, y.z), hfma2(r.odd_high, residual_scale, y.w)};
+  }
+  return y;
+}
+
 // Values are code * scale * factor (+ those of the residual) + mean.
 template <int D>
 template <bool kBoth, bool kMean>
@@ -211,13 +238,7 @@ __device__ void TileFiller<D>::expand_blocks(uint32_t tile, uint32_t factor, uin
 #pragma unroll
     for (int p = 0; p < kTogether; ++p) {
       uint32_t m[8] = {};
-      if constexpr (kMean) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint4 y = load_chunk(mean + (first + p) * 128 + block_ * 32 + h * 16);
-          m[4 * h] = y.x, m[4 * h + 1] = y.y, m[4 * h + 2] = y.z, m[4 * h + 3] = y.w;
-        }
-      }
+      if constexpr (kMean) load_mean(mean, first + p, m);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint4 x = codes[p][i];
@@ -227,14 +248,8 @@ __device__ void TileFiller<D>::expand_blocks(uint32_t tile, uint32_t factor, uin
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Expanded e = expand_e2m1(h == 0 ? x.x : x.y);
-          uint4 y = {hfma2(e.even_low, s, m[4 * h]), hfma2(e.even_high, s, m[4 * h + 1]),
-                     hfma2(e.odd_low, s, m[4 * h + 2]), hfma2(e.odd_high, s, m[4 * h + 3])};
-          if constexpr (kBoth) {
-            const Expanded r = expand_e2m1(h == 0 ? x.z : x.w);
-            y = {hfma2(r.even_low, s_res, y.x), hfma2(r.even_high, s_res, y.y),
-                 hfma2(r.odd_low, s_res, y.z), hfma2(r.odd_high, s_res, y.w)};
-          }
-          store_chunk(tile + (first + p) * kPanel + i * 1024 + (h == 0 ? low_ : high_), y);
+          store_chunk(tile + (first + p) * kPanel + i * 1024 + (h == 0 ? low_ : high_),
+                      chunk_of_codes<kBoth>(e, s, m + 4 * h, h == 0 ? x.z : x.w, s_res));
         }
       }
     }

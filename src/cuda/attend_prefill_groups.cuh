@@ -65,13 +65,7 @@ __device__ void TileFiller<D>::expand_groups(uint32_t tile, const BaseFactor& ba
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
     uint32_t m[8] = {};
-    if constexpr (kMean) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint4 y = load_chunk(mean + p * 128 + block_ * 32 + h * 16);
-        m[4 * h] = y.x, m[4 * h + 1] = y.y, m[4 * h + 2] = y.z, m[4 * h + 3] = y.w;
-      }
-    }
+    if constexpr (kMean) load_mean(mean, p, m);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = tile + p * kPanel + i * 1024;
@@ -90,14 +84,8 @@ __device__ void TileFiller<D>::expand_groups(uint32_t tile, const BaseFactor& ba
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const Expanded e = Format::expand(Format::nibbles(words[h]));
-        uint4 y = {hfma2(e.even_low, s, m[4 * h]), hfma2(e.even_high, s, m[4 * h + 1]),
-                   hfma2(e.odd_low, s, m[4 * h + 2]), hfma2(e.odd_high, s, m[4 * h + 3])};
-        if constexpr (kBoth) {
-          const Expanded r = expand_e2m1(h == 0 ? x.z : x.w);
-          y = {hfma2(r.even_low, s_res, y.x), hfma2(r.even_high, s_res, y.y),
-               hfma2(r.odd_low, s_res, y.z), hfma2(r.odd_high, s_res, y.w)};
-        }
-        store_chunk(at + (h == 0 ? low_ : high_), y);
+        store_chunk(at + (h == 0 ? low_ : high_),
+                    chunk_of_codes<kBoth>(e, s, m + 4 * h, h == 0 ? x.z : x.w, s_res));
       }
     }
   }

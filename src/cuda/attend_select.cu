@@ -42,12 +42,7 @@ __device__ uint32_t ordered(float score) {
 __device__ uint32_t sum_before(uint32_t x, uint32_t (&warp_sum)[kThreads / 32], uint32_t& all) {
   static_assert(kThreads / 32 == 32, "a lane reads a warp's sum");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
+  const uint32_t sum = warp_sum_up(x);
   if (lane == 31) warp_sum[warp] = sum;
   __syncthreads();
   const uint32_t of_warp = warp_sum[lane];

@@ -60,14 +60,6 @@ class UnitSizes {
   __device__ int units(int places, int size) const {
     return splits(places, size) * a_.g.kv_heads * a_.row_tiles;
   }
-  // Sums of this lane and those before it.
-  __device__ int sum_up(int units) const {
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, units, step);
-      if (lane_ >= step) units += other;
-    }
-    return units;
-  }
 
  private:
   __device__ int splits(int places, int size) const {
@@ -104,7 +96,7 @@ __device__ inline void write_unit_starts(const AttendArgs& a) {
   int start = 0;
   for (int first = 0; first < batch; first += 32) {
     const int b = first + lane;
-    const int end = start + sizes.sum_up(b < batch ? sizes.units(places(b), size) : 0);
+    const int end = start + warp_sum_up(b < batch ? sizes.units(places(b), size) : 0);
     if (b < batch) starts[b + 1] = end;
     start = __shfl_sync(~0u, end, 31);
   }

@@ -63,7 +63,7 @@ void check_spec(const BenchSpec& spec) {
         refuse(fmt::format("a fraction of {} is not in 0..1", fraction));
       }
     }
-    const LayerPolicy policy = resolve(entry.policy, {.layers = 1}).front();
+    const LayerPolicy policy = policy_of(entry.policy);
     promoted |= entry.promoted > 0;
     skipped |= entry.skipped > 0;
     takes_promoted |= entry.promoted > 0 && can_promote(policy);
@@ -131,31 +131,21 @@ std::vector<BenchRow> Bench::run(const BenchSpec& spec) {
   std::vector<Lane> lanes;
   const auto add = [&](const LayerPolicy& policy, const BenchEntry& entry,
                        const LayerPolicy& data_policy, const std::string& label) {
-    lanes.push_back({.spec = {.op = spec.op,
-                              .ctx = spec.ctx,
-                              .queries = spec.queries,
-                              .batch = spec.batch,
-                              .shape = {.kv_heads = spec.kv_heads,
-                                        .q_heads = spec.q_heads,
-                                        .head_dim_k = spec.head_dim,
-                                        .head_dim_v = spec.head_dim},
-                              .policy = policy,
-                              .promoted = entry.promoted,
-                              .skipped = entry.skipped,
-                              .data_policy = data_policy,
-                              .working_set = options_.working_set / kRotationShare},
-                     .label = label});
+    CaseSpec with = case_of(spec, policy, entry);
+    with.data_policy = data_policy;
+    with.working_set = options_.working_set / kRotationShare;
+    lanes.push_back({.spec = with, .label = label});
     return static_cast<int64_t>(lanes.size()) - 1;
   };
 
   // The BF16 cache comes first; an entry that is one shares it.
-  const LayerPolicy bf16 = resolve(preset("exact"), {.layers = 1}).front();
+  const LayerPolicy bf16 = policy_of(preset("exact"));
   add(bf16, {}, bf16, "exact");
   std::vector<EntryLanes> entries;
   for (const BenchEntry& entry : spec.entries) {
-    const LayerPolicy policy = resolve(entry.policy, {.layers = 1}).front();
+    const LayerPolicy policy = policy_of(entry.policy);
     EntryLanes& at = entries.emplace_back();
-    if (policy.k_format == Format::bf16 && policy.v_format == Format::bf16) {
+    if (is_bf16(policy)) {
       at.with = 0;
       continue;
     }

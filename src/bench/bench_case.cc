@@ -37,6 +37,27 @@ SyntheticSpec data_spec(const CaseSpec& spec) {
           .skipped = spec.skipped};
 }
 
+LayerPolicy policy_of(const Policy& policy) { return resolve(policy, {.layers = 1}).front(); }
+
+bool is_bf16(const LayerPolicy& policy) {
+  return policy.k_format == Format::bf16 && policy.v_format == Format::bf16;
+}
+
+CaseSpec case_of(const BenchSpec& spec, const LayerPolicy& policy, const BenchEntry& entry) {
+  return {.op = spec.op,
+          .ctx = spec.ctx,
+          .queries = spec.queries,
+          .batch = spec.batch,
+          .shape = {.kv_heads = spec.kv_heads,
+                    .q_heads = spec.q_heads,
+                    .head_dim_k = spec.head_dim,
+                    .head_dim_v = spec.head_dim},
+          .policy = policy,
+          .promoted = entry.promoted,
+          .skipped = entry.skipped,
+          .data_policy = policy};
+}
+
 int64_t rotation_of(const CaseSpec& spec) {
   if (spec.op == BenchOp::append) return 1;
   const PageLayout layout = make_page_layout(spec.shape, spec.policy);

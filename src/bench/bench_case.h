@@ -22,6 +22,12 @@ struct CaseSpec {
   int64_t working_set = 0;
 };
 
+// The only layer of a policy, and whether its caches are BF16.
+LayerPolicy policy_of(const Policy& policy);
+bool is_bf16(const LayerPolicy& policy);
+// The case of an entry under `policy`, on data drawn for that.
+CaseSpec case_of(const BenchSpec& spec, const LayerPolicy& policy, const BenchEntry& entry);
+
 // Batches of sequences that a case rotates through, so that none is in the caches when its turn
 // comes, and the bytes that they hold.
 int64_t rotation_of(const CaseSpec& spec);

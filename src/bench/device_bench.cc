@@ -13,27 +13,6 @@ namespace {
 
 constexpr int64_t kPartQueries = 16;  // of one pass of the decode kernels
 
-CaseSpec case_of(const BenchSpec& spec, const LayerPolicy& policy, const BenchEntry& entry) {
-  return {.op = spec.op,
-          .ctx = spec.ctx,
-          .queries = spec.queries,
-          .batch = spec.batch,
-          .shape = {.kv_heads = spec.kv_heads,
-                    .q_heads = spec.q_heads,
-                    .head_dim_k = spec.head_dim,
-                    .head_dim_v = spec.head_dim},
-          .policy = policy,
-          .promoted = entry.promoted,
-          .skipped = entry.skipped,
-          .data_policy = policy};
-}
-
-LayerPolicy policy_of(const Policy& policy) { return resolve(policy, {.layers = 1}).front(); }
-
-bool is_bf16(const LayerPolicy& p) {
-  return p.k_format == Format::bf16 && p.v_format == Format::bf16;
-}
-
 // Two products of each query with the keys that it sees.
 double flops_of(const BenchSpec& spec) {
   const auto queries = static_cast<double>(spec.queries);

@@ -11,23 +11,6 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr double kTightCuda = 2.5e-3;
-
-CaseOptions options(LayerPolicy policy, int64_t length) {
-  CaseOptions o;
-  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
-  o.policy = policy;
-  o.length = length;
-  o.equalizer = true;
-  return o;
-}
-
-LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
-  base.k_format = k;
-  base.v_format = v;
-  return base;
-}
-
 TEST(CudaAttend, MatchesTruthOverPoliciesAndLengths) {
   SKIP_WITHOUT_DEVICE();
   const std::pair<const char*, LayerPolicy> policies[] = {
@@ -44,7 +27,7 @@ TEST(CudaAttend, MatchesTruthOverPoliciesAndLengths) {
   };
   for (const auto& [name, policy] : policies) {
     for (const int64_t length : {0, 1, 63, 64, 65, 130, 700, 2111}) {
-      DeviceCase c({options(policy, length)});
+      DeviceCase c({decode_options(policy, length)});
       c.check(std::string(name) + ", length " + std::to_string(length), kTightCuda);
     }
   }
@@ -54,13 +37,13 @@ TEST(CudaAttend, MatchesTruthOverShapes) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t dim : {64, 128, 192, 256}) {
     for (const int64_t group : {1, 3, 4, 8, 12, 16, 40, 64}) {
-      CaseOptions o = options(layered_policy(0.04, 0.003), 1000);
+      CaseOptions o = decode_options(layered_policy(0.04, 0.003), 1000);
       o.shape = {.kv_heads = 1, .q_heads = group, .head_dim_k = dim, .head_dim_v = dim};
       DeviceCase c({o});
       c.check("head_dim " + std::to_string(dim) + ", group " + std::to_string(group), kTightCuda);
     }
     for (const Format f : {Format::bf16, Format::fp8_e4m3}) {
-      CaseOptions o = options(plain_policy(f), 300);
+      CaseOptions o = decode_options(plain_policy(f), 300);
       o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = dim, .head_dim_v = dim};
       DeviceCase c({o});
       c.check("head_dim " + std::to_string(dim) + ", plain " + std::string(to_string(f)), kTightCuda);
@@ -73,7 +56,7 @@ TEST(CudaAttend, WindowSoftcapSinksOffset) {
   for (const LayerPolicy& policy :
        {layered_policy(0.05, 0.004), plain_policy(Format::bf16), sealed_policy(64, 128)}) {
     for (const int64_t window : {0, 1, 64, 100, 300}) {
-      CaseOptions o = options(policy, 777);
+      CaseOptions o = decode_options(policy, 777);
       o.shape.window = window;
       o.sink_logits = window != 100;
       o.softcap = window == 300 ? 20.0f : 0.0f;
@@ -90,7 +73,7 @@ TEST(CudaAttend, Verify) {
                                     plain_policy(Format::bf16), mix(Format::nvfp4x2, Format::nvfp4x2)}) {
     for (const int64_t queries : {2, 3, 8, 16}) {
       for (const int64_t length : {0, 60, 120, 505, 640}) {
-        CaseOptions o = options(policy, length);
+        CaseOptions o = decode_options(policy, length);
         o.queries = queries;
         DeviceCase c({o});
         c.check(std::to_string(queries) + " queries, length " + std::to_string(length), kTightCuda);
@@ -103,7 +86,7 @@ TEST(CudaAttend, Prefill) {
   SKIP_WITHOUT_DEVICE();
   for (const LayerPolicy& policy : {layered_policy(0.04, 0.004), sealed_policy(64, 128),
                                     plain_policy(Format::bf16)}) {
-    CaseOptions o = options(policy, 300);
+    CaseOptions o = decode_options(policy, 300);
     o.queries = 150;
     o.mode = AttendMode::prefill;
     DeviceCase c({o});
@@ -120,7 +103,7 @@ TEST(CudaAttend, RaggedBatchAndTheRule) {
   for (const float gain : {0.7f, 1.0f}) {
     std::vector<CaseOptions> cases;
     for (const int64_t length : {5, 64, 1111, 3000, 700}) {
-      CaseOptions o = options(layered_policy(0.05, 0.04), length);
+      CaseOptions o = decode_options(layered_policy(0.05, 0.04), length);
       o.q_gain = gain;
       o.equalizer = false;  // it belongs to the model, and differs by seed here
       o.seed = static_cast<uint32_t>(length);
@@ -138,7 +121,7 @@ TEST(CudaAttend, RaggedBatchAndTheRule) {
 // them, and with many sequences several chunks in one block.
 TEST(CudaAttend, ChunksOfPages) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(layered_policy(0.01, 0.0005), 270000);
+  CaseOptions o = decode_options(layered_policy(0.01, 0.0005), 270000);
   o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
   o.equalizer = false;
   DeviceCase longest({o});
@@ -158,7 +141,7 @@ TEST(CudaAttend, ChunksOfPages) {
 
 TEST(CudaAttend, RunsAreBitwiseEqual) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(layered_policy(0.03, 0.003), 5000);
+  CaseOptions o = decode_options(layered_policy(0.03, 0.003), 5000);
   DeviceCase c({o, o, o});
   c.check_repeats();
 }
@@ -167,7 +150,7 @@ TEST(CudaAttend, SlotsBeyond2To31Bytes) {
   SKIP_WITHOUT_DEVICE();
   if (cuda::device_info().memory_free < int64_t{8} << 30) GTEST_SKIP() << "needs 8 GiB of device memory";
   for (const LayerPolicy& policy : {layered_policy(0.05, 0.004), plain_policy(Format::bf16)}) {
-    DeviceCase c({options(policy, 900)});
+    DeviceCase c({decode_options(policy, 900)});
     c.move_pages((int64_t{5} << 30) / cuda::slot_sizes(c.shape(), c.policy()).page);
     c.check("slots from 5 GiB on", kTightCuda);
   }
@@ -177,7 +160,7 @@ TEST(CudaAttend, SlotsBeyond2To31Bytes) {
 TEST(CudaAttend, GraphReplayFollowsTheLengths) {
   SKIP_WITHOUT_DEVICE();
   // Plain pages: any shorter length is a state of the same cache.
-  DeviceCase c({options(plain_policy(Format::bf16), 700)});
+  DeviceCase c({decode_options(plain_policy(Format::bf16), 700)});
   const auto longest = c.attend();
   cudaStream_t stream;
   cudaGraph_t graph;

@@ -17,7 +17,6 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr double kTightCuda = 2.5e-3;  // as in attend_test.cc
 // Of the sum of |q'_d mean_d|: FP32 sums of head_dim products (16 at a time in up to 16 steps, by
 // tensor cores, which cut off rather than round) and of the heads.
 constexpr double kRounding = 0x1p-18;
@@ -30,16 +29,6 @@ LayerPolicy budget_policy(double fraction, int64_t pages = 0, int64_t sinks = 0,
   p.sinks = sinks;
   p.recent = recent;
   return p;
-}
-
-CaseOptions options(LayerPolicy policy, int64_t length, int64_t queries = 1) {
-  CaseOptions o;
-  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
-  o.policy = policy;
-  o.length = length;
-  o.queries = queries;
-  o.equalizer = true;
-  return o;
 }
 
 // H q / s in FP64.
@@ -202,18 +191,18 @@ TEST(CudaBudget, FractionsCountsSinksAndRecent) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t length : {0, 63, 64, 130, 700, 2111}) {
     for (const double fraction : {0.0, 0.05, 0.2, 0.5, 1.0}) {
-      const Tally t = check(options(budget_policy(fraction), length),
+      const Tally t = check(decode_options(budget_policy(fraction), length),
                             std::to_string(fraction) + " of length " + std::to_string(length));
       // Rounded up, of the complete pages.
       EXPECT_EQ(t.promoted, 2 * static_cast<int64_t>(std::ceil(fraction * (length / 64) - 1e-9)));
     }
     for (const int64_t pages : {1, 7, 1000}) {
-      const Tally t = check(options(budget_policy(0, pages), length),
+      const Tally t = check(decode_options(budget_policy(0, pages), length),
                             std::to_string(pages) + " pages of length " + std::to_string(length));
       EXPECT_EQ(t.promoted, 2 * std::min(pages, length / 64));
     }
     for (const auto& [sinks, recent] : {std::pair<int64_t, int64_t>{64, 0}, {0, 192}, {100, 130}}) {
-      check(options(budget_policy(0.1, 0, sinks, recent), length),
+      check(decode_options(budget_policy(0.1, 0, sinks, recent), length),
             "sinks " + std::to_string(sinks) + ", recent " + std::to_string(recent) + ", length " +
                 std::to_string(length));
     }
@@ -224,7 +213,7 @@ TEST(CudaBudget, Shapes) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t dim : {64, 128, 192, 256}) {
     for (const int64_t group : {1, 3, 8, 12, 16, 40, 64}) {
-      CaseOptions o = options(budget_policy(0.1), 1500);
+      CaseOptions o = decode_options(budget_policy(0.1), 1500);
       o.shape = {.kv_heads = 1, .q_heads = group, .head_dim_k = dim, .head_dim_v = dim};
       check(o, "head_dim " + std::to_string(dim) + ", group " + std::to_string(group));
     }
@@ -240,7 +229,7 @@ TEST(CudaBudget, VerifyAndLongerSteps) {
       for (const int64_t group : {1, 4, 16}) {
         if (group == 16 && queries != 3 && queries != 16) continue;
         // Without `recent`, a page that later positions alone read sealed would be a candidate.
-        CaseOptions o = options(budget_policy(0.15, 0, 0, group == 1 ? 0 : 100), length, queries);
+        CaseOptions o = decode_options(budget_policy(0.15, 0, 0, group == 1 ? 0 : 100), length, queries);
         o.shape.q_heads = 2 * group;
         const std::string what = std::to_string(queries) + " queries, length " +
                                  std::to_string(length) + ", group " + std::to_string(group);
@@ -267,7 +256,7 @@ TEST(CudaBudget, SkipsByMassBesideTheBudget) {
   SKIP_WITHOUT_DEVICE();
   int64_t skipped = 0;
   for (const int64_t queries : {1, 6}) {
-    CaseOptions o = options(budget_policy(0.1), 3000, queries);
+    CaseOptions o = decode_options(budget_policy(0.1), 3000, queries);
     o.policy.skip = 0.04;
     o.q_gain = 0.7f;
     DeviceCase c({o});
@@ -281,7 +270,7 @@ TEST(CudaBudget, WindowSoftcapSinksOffsetNotCausal) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t window : {0, 1, 100, 300, 640}) {
     for (const int64_t queries : {1, 5}) {
-      CaseOptions o = options(budget_policy(0.3), 777, queries);
+      CaseOptions o = decode_options(budget_policy(0.3), 777, queries);
       o.shape.window = window;
       o.sink_logits = window != 100;
       o.softcap = window == 300 ? 20.0f : 0.0f;
@@ -291,11 +280,11 @@ TEST(CudaBudget, WindowSoftcapSinksOffsetNotCausal) {
   }
   // The third position's window is behind page 2, which the first two see.
   for (const double fraction : {0.3, 1.0}) {
-    CaseOptions o = options(budget_policy(fraction), 777, 5);
+    CaseOptions o = decode_options(budget_policy(fraction), 777, 5);
     o.shape.window = 588;
     check(o, "windows that begin in two pages");
   }
-  CaseOptions o = options(budget_policy(0.3), 500, 5);
+  CaseOptions o = decode_options(budget_policy(0.3), 500, 5);
   o.causal = false;
   check(o, "not causal");
 }
@@ -307,7 +296,7 @@ TEST(CudaBudget, OtherSidesOfThePage) {
                              {Format::nvfp4, Format::int3}, {Format::mxfp4, Format::int3},
                              {Format::int3, Format::nvfp4}, {Format::int3, Format::mxfp4}}) {
     for (const int64_t queries : {1, 5}) {
-      CaseOptions o = options(budget_policy(0.2), 1300, queries);
+      CaseOptions o = decode_options(budget_policy(0.2), 1300, queries);
       o.policy.k_format = k;
       o.policy.v_format = v;
       // Without means of K all pages are equal.
@@ -315,7 +304,7 @@ TEST(CudaBudget, OtherSidesOfThePage) {
       EXPECT_EQ(t.tied > 0, !is_layered(k));
     }
   }
-  CaseOptions o = options(budget_policy(0.2), 600);
+  CaseOptions o = decode_options(budget_policy(0.2), 600);
   o.policy.k_format = o.policy.v_format = Format::nvfp4x2;  // a budget has nothing to choose there
   DeviceCase c({o});
   c.check("nvfp4x2", kTightCuda);
@@ -328,7 +317,7 @@ TEST(CudaBudget, OtherSidesOfThePage) {
 TEST(CudaBudget, TiesGoToTheLowerPage) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t length : {2000, 140000}) {
-    CaseOptions o = options(budget_policy(0, length / 64 / 2 + 3), length);
+    CaseOptions o = decode_options(budget_policy(0, length / 64 / 2 + 3), length);
     o.shape = {.kv_heads = 1, .q_heads = 2, .head_dim_k = 64, .head_dim_v = 64};
     o.q_gain = 0.0f;
     DeviceCase c({o});
@@ -337,7 +326,7 @@ TEST(CudaBudget, TiesGoToTheLowerPage) {
   int64_t tied = 0;
   for (const int64_t pages : {1, 5, 12, 37}) {
     for (const int64_t queries : {1, 3}) {
-      CaseOptions o = options(budget_policy(0, pages), 64 * 100, queries);
+      CaseOptions o = decode_options(budget_policy(0, pages), 64 * 100, queries);
       o.k_period = 64 * 10;
       DeviceCase c({o});
       const std::string what = std::to_string(pages) + " of pages that repeat";
@@ -351,7 +340,7 @@ TEST(CudaBudget, TiesGoToTheLowerPage) {
 // More pages than attend_select holds in shared memory; without and with ties at the edge.
 TEST(CudaBudget, ManyPages) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(budget_policy(0.05), 265000);
+  CaseOptions o = decode_options(budget_policy(0.05), 265000);
   o.shape = {.kv_heads = 2, .q_heads = 4, .head_dim_k = 64, .head_dim_v = 64};
   for (const int64_t period : {0, 64 * 7}) {
     o.k_period = period;
@@ -367,7 +356,7 @@ TEST(CudaBudget, ScoresOfEveryRange) {
   SKIP_WITHOUT_DEVICE();
   for (const float offset : {0.0f, 0.5f, 30.0f}) {
     for (const float gain : {1e-6f, 1.0f, 1e3f}) {
-      CaseOptions o = options(budget_policy(0.1), 9000, 2);
+      CaseOptions o = decode_options(budget_policy(0.1), 9000, 2);
       o.k_offset = offset;
       o.q_gain = gain;
       DeviceCase c({o});
@@ -381,7 +370,7 @@ TEST(CudaBudget, AgreesWithTheCpu) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t queries : {1, 7, 33}) {
     for (const AttendMode mode : {AttendMode::decode, AttendMode::prefill}) {
-      CaseOptions o = options(budget_policy(0.2, 0, 64, 64), 1000, queries);
+      CaseOptions o = decode_options(budget_policy(0.2, 0, 64, 64), 1000, queries);
       o.mode = mode;
       DeviceCase c({o});
       const auto result = c.attend();
@@ -404,14 +393,14 @@ TEST(CudaBudget, RaggedBatchAndRepeats) {
   for (const int64_t queries : {1, 4}) {
     std::vector<CaseOptions> cases;
     for (const int64_t length : {5, 64, 1111, 3000, 700}) {
-      CaseOptions o = options(budget_policy(0.1), length, queries);
+      CaseOptions o = decode_options(budget_policy(0.1), length, queries);
       o.equalizer = false;  // it belongs to the model, and differs by seed here
       o.seed = static_cast<uint32_t>(length);
       cases.push_back(o);
     }
     DeviceCase c(cases);
     check(c, "ragged");
-    CaseOptions o = options(budget_policy(0.1), 5000, queries);
+    CaseOptions o = decode_options(budget_policy(0.1), 5000, queries);
     DeviceCase equal({o, o, o});
     equal.check_repeats();
   }
@@ -432,7 +421,7 @@ void drop_residuals(DeviceCase& c, int64_t every) {
 TEST(CudaBudget, PagesWithoutResidualAreNoCandidates) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t queries : {1, 3}) {
-    DeviceCase c({options(budget_policy(0.3), 2000, queries)});
+    DeviceCase c({decode_options(budget_policy(0.3), 2000, queries)});
     const int64_t all = check(c, "all").promoted;
     drop_residuals(c, 3);
     EXPECT_LT(check(c, "two thirds").promoted, all);
@@ -444,7 +433,7 @@ TEST(CudaBudget, PagesWithoutResidualAreNoCandidates) {
 #ifdef THRIFTATTN_WITH_CUDA
 TEST(CudaBudget, GraphReplayFollowsTheTables) {
   SKIP_WITHOUT_DEVICE();
-  DeviceCase c({options(budget_policy(0.2), 64 * 12 + 30)});
+  DeviceCase c({decode_options(budget_policy(0.2), 64 * 12 + 30)});
   cudaStream_t stream;
   cudaGraph_t graph;
   cudaGraphExec_t exec;

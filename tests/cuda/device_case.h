@@ -45,6 +45,25 @@ std::vector<T> to_host(const cuda::DeviceMemory& memory, size_t count) {
   return host;
 }
 
+// Of a row's error against FP64 over the values as stored: q and P are FP16 on a device.
+inline constexpr double kTightCuda = 2.5e-3;
+
+inline LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
+  base.k_format = k;
+  base.v_format = v;
+  return base;
+}
+
+inline CaseOptions decode_options(LayerPolicy policy, int64_t length, int64_t queries = 1) {
+  CaseOptions o;
+  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
+  o.policy = policy;
+  o.length = length;
+  o.queries = queries;
+  o.equalizer = true;
+  return o;
+}
+
 // One layer of several sequences on the device.
 class DeviceCase {
  public:

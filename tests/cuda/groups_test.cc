@@ -13,14 +13,6 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr double kTightCuda = 2.5e-3;  // as in attend_test.cc
-
-LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
-  base.k_format = k;
-  base.v_format = v;
-  return base;
-}
-
 // The presets, with fewer tokens whose residuals are held.
 LayerPolicy savings(Format k) {
   LayerPolicy p = mix(k, Format::int3, sealed_policy(64, 192));
@@ -62,16 +54,6 @@ class CudaGroupPolicies : public ::testing::TestWithParam<NamedPolicy> {};
 INSTANTIATE_TEST_SUITE_P(, CudaGroupPolicies, ::testing::ValuesIn(kPolicies),
                          [](const auto& info) { return id(info.param); });
 
-CaseOptions options(LayerPolicy policy, int64_t length, int64_t queries = 1) {
-  CaseOptions o;
-  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
-  o.policy = policy;
-  o.length = length;
-  o.queries = queries;
-  o.equalizer = true;
-  return o;
-}
-
 void check(const CaseOptions& o, const std::string& what) {
   DeviceCase c({o});
   c.check(
@@ -82,7 +64,7 @@ void check(const CaseOptions& o, const std::string& what) {
 TEST_P(CudaGroupPolicies, DecodeMatchesTruth) {
   SKIP_WITHOUT_DEVICE();
   const auto& [name, policy] = GetParam();
-  for (const int64_t length : {0, 1, 63, 64, 130, 700, 2111}) check(options(policy, length), name);
+  for (const int64_t length : {0, 1, 63, 64, 130, 700, 2111}) check(decode_options(policy, length), name);
 }
 
 TEST_P(CudaGroupPolicies, Shapes) {
@@ -90,7 +72,7 @@ TEST_P(CudaGroupPolicies, Shapes) {
   const auto& [name, policy] = GetParam();
   for (const int64_t dim : {64, 128, 192, 256}) {
     for (const int64_t group : {3, 12, 40}) {
-      CaseOptions o = options(policy, 600);
+      CaseOptions o = decode_options(policy, 600);
       o.shape = {.kv_heads = 1, .q_heads = group, .head_dim_k = dim, .head_dim_v = dim};
       check(o, std::string(name) + ", head_dim " + std::to_string(dim) + ", group " +
                    std::to_string(group));
@@ -102,7 +84,7 @@ TEST_P(CudaGroupPolicies, Verify) {
   SKIP_WITHOUT_DEVICE();
   const auto& [name, policy] = GetParam();
   for (const int64_t queries : {2, 8, 16}) {
-    for (const int64_t length : {60, 505, 640}) check(options(policy, length, queries), name);
+    for (const int64_t length : {60, 505, 640}) check(decode_options(policy, length, queries), name);
   }
 }
 
@@ -110,12 +92,12 @@ TEST_P(CudaGroupPolicies, Prefill) {
   SKIP_WITHOUT_DEVICE();
   const auto& [name, policy] = GetParam();
   for (const auto& [length, queries] : {std::pair<int64_t, int64_t>{0, 17}, {37, 60}, {300, 33}}) {
-    CaseOptions o = options(policy, length, queries);
+    CaseOptions o = decode_options(policy, length, queries);
     o.mode = AttendMode::prefill;
     check(o, std::string(name) + ", prefill");
   }
   for (const int64_t dim : {64, 192, 256}) {
-    CaseOptions o = options(policy, 150, 40);
+    CaseOptions o = decode_options(policy, 150, 40);
     o.shape.head_dim_k = o.shape.head_dim_v = dim;
     o.mode = AttendMode::prefill;
     check(o, std::string(name) + ", prefill, head_dim " + std::to_string(dim));
@@ -126,22 +108,12 @@ TEST_P(CudaGroupPolicies, Prefill) {
 TEST_P(CudaGroupPolicies, PrefillOfBf16Queries) {
   SKIP_WITHOUT_DEVICE();
   const auto& [name, policy] = GetParam();
-  CaseOptions o = options(policy, 150, 40);
+  CaseOptions o = decode_options(policy, 150, 40);
   o.mode = AttendMode::prefill;
   o.bf16_queries = true;
   DeviceCase c({o});
-  c.attend();  // decisions
-  const TensorView<const float> q = c.host(0).q_view();
-  std::vector<uint16_t> narrow(
-      static_cast<size_t>(o.queries * o.shape.q_heads * o.shape.head_dim_k));
-  for (size_t i = 0; i < narrow.size(); ++i) narrow[i] = f32_to_bf16(q.data[i]);
-  const cuda::DeviceMemory d_q = to_device(narrow);
-  cuda::AttendCall call = c.call();
-  call.q = d_q.data();
-  call.q_element = cuda::Element::bf16;
-  cuda::fill(call.out, kPoison, static_cast<int64_t>(narrow.size()) * 4, nullptr);
-  cuda::attend(c.plan(), call, nullptr);
-  const auto got = c.read();
+  c.narrow_queries();
+  const auto got = c.attend();
   EXPECT_LT(row_error(got.out, c.truth(got).out, o.shape.head_dim_v), kTightCuda) << name;
 }
 
@@ -150,7 +122,7 @@ TEST_P(CudaGroupPolicies, WindowSoftcapSinksOffset) {
   const auto& [name, policy] = GetParam();
   for (const int64_t window : {0, 100, 300}) {
     for (const bool prefill : {false, true}) {
-      CaseOptions o = options(policy, 777, prefill ? 40 : 1);
+      CaseOptions o = decode_options(policy, 777, prefill ? 40 : 1);
       o.mode = prefill ? AttendMode::prefill : AttendMode::decode;
       o.shape.window = window;
       o.sink_logits = window != 100;
@@ -166,7 +138,7 @@ TEST(CudaGroups, ValuesOfEverySize) {
   SKIP_WITHOUT_DEVICE();
   for (const Format v : {Format::int3, Format::mxfp4}) {
     for (const bool prefill : {false, true}) {
-      CaseOptions o = options(mix(Format::mxfp4, v), 400, prefill ? 40 : 1);
+      CaseOptions o = decode_options(mix(Format::mxfp4, v), 400, prefill ? 40 : 1);
       o.mode = prefill ? AttendMode::prefill : AttendMode::decode;
       o.v_spread = 9.0f;
       check(o, "V of every size");
@@ -183,7 +155,7 @@ TEST(CudaGroups, LongContextsSkipAndPromote) {
   for (const double skip : {0.003, 0.004, 0.006, 0.01}) {
     for (const LayerPolicy& policy : {savings(Format::nvfp4), savings(Format::mxfp4),
                                       mix(Format::int3, Format::int3, layered_policy(0.03, 0.0))}) {
-      CaseOptions o = options(policy, 30000);
+      CaseOptions o = decode_options(policy, 30000);
       o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
       o.q_gain = 1.0f;
       o.policy.skip = skip;
@@ -204,7 +176,7 @@ TEST(CudaGroups, LongContextsSkipAndPromote) {
   for (const Format k : {Format::nvfp4, Format::mxfp4, Format::int3}) {
     std::vector<CaseOptions> cases;
     for (const int64_t length : {5, 1111, 3000, 700}) {
-      CaseOptions o = options(mix(k, Format::int3, layered_policy(0.05, 0.04)), length);
+      CaseOptions o = decode_options(mix(k, Format::int3, layered_policy(0.05, 0.04)), length);
       o.q_gain = 0.8f;
       o.equalizer = false;  // it belongs to the model, and differs by seed here
       o.seed = static_cast<uint32_t>(length);
@@ -220,14 +192,14 @@ TEST(CudaGroups, LongContextsSkipAndPromote) {
 
 TEST(CudaGroups, RunsAreBitwiseEqual) {
   SKIP_WITHOUT_DEVICE();
-  CaseOptions o = options(savings(Format::mxfp4), 5000);
+  CaseOptions o = decode_options(savings(Format::mxfp4), 5000);
   DeviceCase c({o, o, o});
   c.check_repeats();
 }
 
 TEST(CudaGroups, ExplainNamesTheKernel) {
   SKIP_WITHOUT_DEVICE();
-  const LayerShape shape = options(savings(Format::nvfp4), 0).shape;
+  const LayerShape shape = decode_options(savings(Format::nvfp4), 0).shape;
   const cuda::AttendPlan plan(shape, savings(Format::nvfp4), {.batch = 1, .max_pages = 8});
   EXPECT_EQ(plan.explain().rfind("attend_groups: ", 0), 0U) << plan.explain();
   EXPECT_NE(plan.explain().find("K nvfp4, V int3"), std::string::npos) << plan.explain();

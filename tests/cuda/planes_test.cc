@@ -10,8 +10,6 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr double kTightCuda = 2.5e-3;  // as in attend_test.cc
-
 CaseOptions options(LayerPolicy policy, int64_t length) {
   CaseOptions o;
   o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};

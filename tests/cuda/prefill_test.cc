@@ -9,23 +9,10 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr double kTightCuda = 2.5e-3;
-
 CaseOptions options(LayerPolicy policy, int64_t length, int64_t queries) {
-  CaseOptions o;
-  o.shape = {.kv_heads = 2, .q_heads = 8, .head_dim_k = 128, .head_dim_v = 128};
-  o.policy = policy;
-  o.length = length;
-  o.queries = queries;
-  o.equalizer = true;
+  CaseOptions o = decode_options(policy, length, queries);
   o.mode = AttendMode::prefill;
   return o;
-}
-
-LayerPolicy mix(Format k, Format v, LayerPolicy base = layered_policy(1.0, 0.0)) {
-  base.k_format = k;
-  base.v_format = v;
-  return base;
 }
 
 // A plan that quietly falls back to passes of 16 positions is seen.

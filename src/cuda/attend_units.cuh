@@ -66,7 +66,7 @@ class UnitSizes {
     if (places == 0) return 0;
     if (size == 0) return static_cast<int>(splits_of(places, a_.split_rule));
     const int least = (places + kMostPlaces - 1) / kMostPlaces;
-    return max(least, min(a_.splits, (places + size - 1) / size));
+    return min(a_.splits, max(least, (places + size - 1) / size));
   }
   template <class Places>
   __device__ void count(int size, const Places& places, int& units, int& most) const {

@@ -6,6 +6,8 @@
 set(THRIFTATTN_CUDA AUTO CACHE STRING "The CUDA backend: AUTO, ON or OFF")
 set_property(CACHE THRIFTATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
 option(THRIFTATTN_CUDA_ALL "Compile every CUDA target for every head_dim" OFF)
+set(THRIFTATTN_CUDA_OTHERS 80 89 120 CACHE STRING
+    "Compute capabilities to compile for besides 9.0a; empty for a build for Hopper alone")
 set(thriftattn_cuda_least 12.8)  # sm_120
 
 set(THRIFTATTN_WITH_CUDA OFF)
@@ -40,13 +42,22 @@ if(NOT THRIFTATTN_CUDA STREQUAL "OFF")
     if(THRIFTATTN_CUDA_ALL)
       set(part "whole")
     endif()
-    message(STATUS "CUDA backend: nvcc ${version}; sm_90a whole; sm_80, sm_89, sm_120 ${part}")
+    message(STATUS "CUDA backend: nvcc ${version}; sm_90a whole; also ${THRIFTATTN_CUDA_OTHERS} ${part}")
   elseif(THRIFTATTN_CUDA STREQUAL "ON")
     message(FATAL_ERROR "THRIFTATTN_CUDA=ON: ${why}; install the CUDA toolkit or set THRIFTATTN_CUDA=OFF")
   else()
     message(STATUS "CUDA backend: left out, ${why}; set CMAKE_CUDA_COMPILER or THRIFTATTN_CUDA=ON")
   endif()
 endif()
+
+# The compiler's options for the targets besides sm_90a, in the variable `name`.
+function(thriftattn_cuda_others name)
+  set(options)
+  foreach(sm IN LISTS THRIFTATTN_CUDA_OTHERS)
+    list(APPEND options "-gencode=arch=compute_${sm},code=sm_${sm}")
+  endforeach()
+  set(${name} ${options} PARENT_SCOPE)
+endfunction()
 
 # Adds the kernels to the library `target`, as objects with their own flags.
 function(thriftattn_add_cuda target)
@@ -58,10 +69,7 @@ function(thriftattn_add_cuda target)
   target_compile_options(thriftattn_kernels PRIVATE
     --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers)
   set_target_properties(thriftattn_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
-  set(others)
-  foreach(sm IN ITEMS 80 89 120)
-    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
-  endforeach()
+  thriftattn_cuda_others(others)
   foreach(kernel IN LISTS kernels)
     set(flags)
     if(THRIFTATTN_CUDA_ALL OR NOT kernel MATCHES "_(64|192|256)\\.cu$")
@@ -79,10 +87,7 @@ endfunction()
 
 # Adds `kernels` for every target of code to the library `target`, as the objects `name`.
 function(thriftattn_add_cuda_objects target name kernels)
-  set(others)
-  foreach(sm IN ITEMS 80 89 120)
-    list(APPEND others "-gencode=arch=compute_${sm},code=sm_${sm}")
-  endforeach()
+  thriftattn_cuda_others(others)
   add_library(${name} OBJECT ${kernels})
   target_include_directories(${name} PRIVATE
     ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include ${PROJECT_SOURCE_DIR}/src)

@@ -14,6 +14,13 @@ case ${1:-} in
     status=0
     build/release/tests/test_cuda || status=1
     build/release/tests/test_engine --gtest_filter='Device*' || status=1
+    # Once more where several processes share the device: kernels are interrupted then.
+    shared=DeviceTest.PoliciesMatchTheCpu
+    pids=
+    for _ in 1 2 3 4 5 6; do
+      build/release/tests/test_engine --gtest_brief=1 --gtest_filter=$shared & pids="$pids $!"
+    done
+    for pid in $pids; do wait "$pid" || status=1; done
     build/release/tests/test_bench --gtest_filter='Device*' || status=1
     build/release/tests/test_cli --gtest_filter='CliBench.Device*' || status=1
     exit $status

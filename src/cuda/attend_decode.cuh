@@ -124,11 +124,12 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
               shared.warps[warp]);
   decode.run();
 
-  constexpr int kRows = 8 * NT, kState = kRows * (D + 2);
-  static_assert(kWarps * kState * 4 <= sizeof(OfWarp) * kWarps);
-  float* states = reinterpret_cast<float*>(shared_bytes);
-  __syncthreads();  // no warp's ring is in use any more
-  decode.leave(states + warp * kState);
+  // In place of the warp's own K: barriers must not be written over. Where they were, a kernel that
+  // lost the device to another process in the meantime found them again in its sums.
+  constexpr int kRows = 8 * NT;
+  static_assert(kRows * (D + 2) * 4 <= sizeof(OfWarp::k));
+  const auto state = [&](int w) { return reinterpret_cast<float*>(shared.warps[w].k); };
+  decode.leave(state(warp));
   __syncthreads();
   const int64_t first = partial_row(a, seq_head, split) + shared.rows.view.first_row;
   float* out = workspace_at<float>(a, a.ws.partial_o) + first * D;
@@ -137,12 +138,12 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
     const int row = i / D;
     float top = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states[w * kState + kRows * D + 2 * row]);
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, state(w)[kRows * D + 2 * row]);
     float o = 0, l = 0;
     if (top > -INFINITY) {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float* s = states + w * kState;
+        const float* s = state(w);
         const float factor = exp2f(s[kRows * D + 2 * row] - top);
         l += s[kRows * D + 2 * row + 1] * factor;
         if (factor > 0) o += s[i] * factor;

@@ -33,6 +33,8 @@ constexpr double kHalf = 2e-2;
 // Another order of FP32 sums turns some codes of a quantised cache, and random weights amplify it: the
 // CPU's own steps of 1 and of 350 tokens are up to 0.1 apart on the same models.
 constexpr double kCodes = 0.2;
+// The same of a cache of BF16 rows, a quarter of what it is away from FP32 on these models (0.24).
+constexpr double kRows = 0.06;
 
 class DeviceTest : public ::testing::Test {
  protected:
@@ -174,7 +176,13 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
     for (const Case& c : cases) {
       Session near_session = pair.on_cpu(c.policy), far_session = pair.on_device(c.policy);
       const auto near_logits = run(near_session, tokens, 350, AttendMode::decode);
-      const auto far_logits = run(far_session, tokens, 350, AttendMode::decode);
+      std::vector<float> far_logits;
+      try {
+        far_logits = run(far_session, tokens, 350, AttendMode::decode);
+      } catch (const Error& e) {
+        ADD_FAILURE() << family << ", " << c.policy << ": " << e.what();
+        continue;
+      }
       EXPECT_LT(rms_difference(far_logits, near_logits), 0.5 * rms_difference(near_logits, truth))
           << family << ", " << c.policy;
       EXPECT_LT(largest_difference(far_logits, near_logits), largest_difference(near_logits, truth))
@@ -196,12 +204,42 @@ TEST_F(DeviceTest, PoliciesMatchTheCpu) {
   }
 }
 
+// The same token by a long step's kernels and by those of one position, on the same cache: what a
+// chunk has stored stays where the session is cut back, to any token where pages are plain, else to
+// one of the newest page.
+TEST_F(DeviceTest, OneTokenSeesWhatItsChunkSaw) {
+  const TinyModel tiny = make_tiny(wide_spec("qwen2"));
+  const auto tokens = random_tokens(300, tiny.spec.vocab);
+  const auto vocab = static_cast<size_t>(tiny.spec.vocab);
+  const Pair pair(tiny.load());
+  const std::pair<const char*, std::vector<size_t>> cases[] = {
+      {"exact", {299, 257, 256, 255, 192, 65, 64, 63, 17, 1}},
+      {"fp8", {299, 257, 256, 255, 192, 65, 64, 63, 17, 1}},
+      {"*:nvfp4x2", {299, 280, 258}},
+      {"thrifty", {299, 280, 258}},
+      {"balanced", {299, 280, 258}},
+      {"max-savings", {299, 280, 258}}};
+  for (const auto& [policy, positions] : cases) {
+    Session session = pair.on_device(policy);
+    const auto chunk = run(session, tokens, 300, AttendMode::decode);
+    for (const size_t at : positions) {
+      session.truncate(static_cast<int64_t>(at));
+      const auto one = run(session, std::span(tokens).subspan(at, 1), 1, AttendMode::decode);
+      const auto row = chunk.begin() + static_cast<int64_t>(at * vocab);
+      EXPECT_LT(largest_difference(one, {row, row + static_cast<int64_t>(vocab)}), kHalf)
+          << policy << ", token " << at;
+    }
+  }
+}
+
 TEST_F(DeviceTest, ChunksEqualDecode) {
   const TinyModel tiny = make_tiny(wide_spec("qwen2"));
   const auto tokens = random_tokens(300, tiny.spec.vocab);
   const Pair pair(tiny.load());
+  // Here caches differ too, and what is stored rounded turns with the last bits of what comes before
+  // it: where attention rounds its weights to FP16, BF16 rows as well as codes.
   const std::pair<const char*, double> cases[] = {
-      {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes},
+      {"f32", 2 * kExact}, {"exact", kRows}, {"thrifty", kCodes}, {"balanced", kCodes},
       {"paper-budget", kCodes}, {"max-savings", kCodes}};
   for (const auto& [policy, bound] : cases) {
     Session whole = pair.on_device(policy), single = pair.on_device(policy);

@@ -129,6 +129,13 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
            .multiprocessors = s->multiprocessors});
     }
   }
+  if (!s->planes && !limits.batch_invariant) {
+    // A few (sequence, KV head)s alone must occupy the device too.
+    const int64_t across = limits.batch * shape.kv_heads * s->row_tiles;
+    s->split_rule.few_splits = static_cast<int32_t>(
+        std::clamp<int64_t>(kDecodeBlocks * s->multiprocessors / across, 1, s->split_rule.max_splits));
+    s->splits = most_splits(limits.max_pages + 1, s->split_rule);
+  }
   if (s->planes) s->slots = s->multiprocessors * planes_blocks(s->geometry.k.dim, s->n_tiles);
   s->workspace = lay_out(*s);
   state_ = std::move(s);
@@ -147,7 +154,7 @@ std::string AttendPlan::explain() const {
       "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
       "of at least {} pages, K {}, V {}{}, workspace {:.1f} MB",
       kernel, s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k, s.row_tiles, s.splits,
-      s.planes && !s.limits.batch_invariant ? kLeastPlaces : s.split_rule.min_items,
+      (s.planes || s.split_rule.few_splits > 1) && !s.limits.batch_invariant ? kLeastPlaces : s.split_rule.min_items,
       to_string(s.policy.k_format), to_string(s.policy.v_format), explain_budget(s.geometry),
       static_cast<double>(s.workspace.bytes) * 1e-6);
   if (s.limits.step_tokens <= kMaxPositions) return decode;

@@ -18,13 +18,16 @@ namespace thriftattn::cuda {
 // Query rows (positions x heads of the group) that one pass of the kernels serves.
 inline constexpr int64_t kMaxPositions = 16;
 // Splits that depend on the sequence's own items only (DESIGN section 11): min_items pages or more in
-// one, at most max_splits of them; but few_splits where there are 8 pages for each. attend_planes goes by
-// them where batch_invariant is asked for, else by the whole batch (attend_units.cuh). The newest page,
-// in open form, takes as long as open_items others.
+// one, at most max_splits of them; but few_splits where there are kLeastPlaces pages for each.
+// Where batch_invariant is not asked for, attend_planes goes by the whole batch instead
+// (attend_units.cuh), and the plans of the other kernels have as many few_splits as make kDecodeBlocks
+// blocks a multiprocessor. The newest page, in open form, takes as long as open_items others.
 struct SplitRule {
   int32_t min_items = 32, max_splits = 48, few_splits = 1, open_items = 1;
 };
 inline constexpr SplitRule kDecodeSplits{32, 48, 1, 1}, kPlanesSplits{43, 48, 12, 16};
+inline constexpr int64_t kDecodeBlocks = 3;
+inline constexpr int kLeastPlaces = 8;
 // attend_prepare takes the pages of a sequence in at most kPageChunks chunks, each of which leaves a floor
 // a row; a chunk is 16 pages a warp, or a multiple of that. More rows have wider blocks.
 inline constexpr int kPageChunks = 32;
@@ -42,21 +45,22 @@ THRIFTATTN_HOST_DEVICE constexpr int planes_blocks(int dim, int n_tiles) {
 THRIFTATTN_HOST_DEVICE inline int64_t splits_of(int64_t items, SplitRule rule) {
   const int64_t even = (items + rule.max_splits - 1) / rule.max_splits;
   const int64_t per = even > rule.min_items ? even : rule.min_items;
-  const int64_t splits = (items + per - 1) / per, short_splits = (items + 7) / 8;
+  const int64_t splits = (items + per - 1) / per;
+  const int64_t short_splits = (items + kLeastPlaces - 1) / kLeastPlaces;
   const int64_t few = short_splits < rule.few_splits ? short_splits : rule.few_splits;
   return splits > few ? splits : few;
 }
 
 // Of any number of items up to this: splits_of() is now and then larger for fewer.
 inline int64_t most_splits(int64_t items, SplitRule rule) {
-  const int64_t full = (items + rule.min_items - 1) / rule.min_items, few = (items + 7) / 8;
+  const int64_t full = (items + rule.min_items - 1) / rule.min_items;
+  const int64_t few = (items + kLeastPlaces - 1) / kLeastPlaces;
   const int64_t least = few < rule.few_splits ? few : rule.few_splits;
   const int64_t most = full < rule.max_splits ? full : rule.max_splits;
   return most > least ? most : least;
 }
 
 // Without batch_invariant a unit of attend_planes has at least kLeastPlaces items.
-inline constexpr int kLeastPlaces = 8;
 inline int64_t most_unit_splits(int64_t items) {
   const int64_t most = (2 * items + kLeastPlaces - 1) / kLeastPlaces;
   return most < kMaxSplits ? most : kMaxSplits;

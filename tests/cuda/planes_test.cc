@@ -103,10 +103,13 @@ TEST(CudaPlanes, UnitsOfARaggedBatch) {
   verify.check("three positions", kTightCuda);
 }
 
+// Of every kernel: attend_planes, attend_decode, attend_groups.
 TEST(CudaPlanes, BatchInvariantResultsAreThoseOfOneAlone) {
   SKIP_WITHOUT_DEVICE();
-  for (const int64_t queries : {1, 3}) {
-    const std::vector<CaseOptions> cases = ragged(sealed_policy(64, 512), queries);
+  for (const auto& [policy, queries] :
+       {std::pair{sealed_policy(64, 512), int64_t{1}}, {sealed_policy(64, 512), 3},
+        {plain_policy(Format::bf16), 1}, {mix(Format::nvfp4, Format::int3), 1}}) {
+    const std::vector<CaseOptions> cases = ragged(policy, queries);
     DeviceCase batch(cases);
     const auto shared = batch.attend();
     batch.plan_with(0, true);

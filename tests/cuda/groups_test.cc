@@ -190,6 +190,20 @@ TEST(CudaGroups, LongContextsSkipAndPromote) {
   EXPECT_GT(skipped, 5);
 }
 
+// Scores far apart, in walks of eight pages and more: a later page's are often far above the
+// reference that the first one set, while an earlier page still waits to be added.
+TEST(CudaGroups, ReferencesThatRise) {
+  SKIP_WITHOUT_DEVICE();
+  for (const auto& [k, v] : {std::pair{Format::nvfp4, Format::int3}, {Format::nvfp4, Format::mxfp4},
+                             {Format::int3, Format::int3}, {Format::mxfp4, Format::mxfp4}}) {
+    CaseOptions o = decode_options(mix(k, v), 8000);
+    o.q_gain = 4.0f;
+    DeviceCase c({o});
+    c.plan_with(0, true);
+    c.check(std::string(to_string(k)) + " K, " + std::string(to_string(v)) + " V", kTightCuda);
+  }
+}
+
 TEST(CudaGroups, RunsAreBitwiseEqual) {
   SKIP_WITHOUT_DEVICE();
   CaseOptions o = decode_options(savings(Format::mxfp4), 5000);

@@ -35,7 +35,7 @@ struct RunArgs {
   bool conversation = false;
   std::string prompt_cache;
   int64_t context = 0;
-  int64_t chunk = 512;
+  int64_t chunk = 0;
   int64_t kv_memory = 0;
   AnswerOptions answer;
   std::string compute = "auto";
@@ -178,6 +178,7 @@ class Run {
   const OpenedModel opened_;
   const std::vector<LayerPolicy> resolved_;
   const int64_t context_;
+  const int64_t chunk_;  // tokens of a prefill step
   const Prompts prompts_;
   const InterruptHandler interrupt_;  // after what may wait for standard input
   AnswerOptions answer_options_;
@@ -189,6 +190,12 @@ class Run {
   std::optional<int32_t> unfed_;     // of the last answer, when the conversation goes on
 };
 
+// A device wants more query rows at a time than a few cores do.
+int64_t chunk_of(const RunArgs& args) {
+  if (args.chunk > 0) return args.chunk;
+  return args.model.on_device() ? 2048 : 512;
+}
+
 Run::Run(const RunArgs& args)
     : args_(args),
       policy_(policy_of(args)),
@@ -197,6 +204,7 @@ Run::Run(const RunArgs& args)
       resolved_(resolve(policy_, policy_context(opened_.config,
                                                 checked_context(args.context, opened_.config)))),
       context_(checked_context(args.context, opened_.config)),
+      chunk_(chunk_of(args)),
       prompts_(opened_, args),
       answer_options_(args.answer) {
   // A base model has no token that ends an answer: it would go on with a next question.
@@ -223,7 +231,7 @@ void Run::require_room(int64_t past, int64_t tokens) const {
                      .request = {.document = past,
                                  .question = tokens,
                                  .answer = limit < 0 ? room : std::min(limit, room),
-                                 .chunk = args_.chunk,
+                                 .chunk = chunk_,
                                  .forked = args_.interactive && !args_.conversation},
                      .max_bytes = args_.kv_memory});
 }
@@ -270,7 +278,7 @@ RunReport Run::new_report() const {
           .document = document_,
           .rope_scaling = explain_rope_scaling(opened_.config),
           .context = context_,
-          .chunk = args_.chunk,
+          .chunk = chunk_,
           .equalizer = equalizer_note_};
 }
 
@@ -403,7 +411,7 @@ void Run::run() {
       model, policy_,
       SessionOptions{.context = context_,
                      .equalizer = std::move(equalizer.equalizer),
-                     .chunk = args_.chunk,
+                     .chunk = chunk_,
                      .max_kv_bytes = args_.kv_memory,
                      .cancelled = [] { return InterruptHandler::interrupted(); },
                      .device = device_});
@@ -480,8 +488,9 @@ void add_run_command(CLI::App& app) {
   cmd->add_option("-s,--seed", args->answer.sampling.seed, "Seed of the sampling")
       ->capture_default_str()
       ->type_name("N");
-  cmd->add_option("--chunk", args->chunk, "Tokens of a prefill step; part of the result")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+  cmd->add_option("--chunk", args->chunk,
+                  "Tokens of a prefill step, part of the result; 0 takes 512, on a device 2048")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->capture_default_str()
       ->type_name("N");
   cmd->add_option("--compute", args->compute,

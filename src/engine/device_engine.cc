@@ -23,15 +23,16 @@ constexpr int64_t kFloat = sizeof(float);
 
 // The sizes of a token's rows in the buffers.
 struct RowFloats {
-  int64_t wide = 0, operand = 0;
+  int64_t wide = 0, operand = 0, normed = 0;
 };
 
 RowFloats row_floats(const ModelConfig& config) {
-  RowFloats sizes{.wide = 0, .operand = config.width};
+  RowFloats sizes{.wide = 0, .operand = config.width, .normed = config.width};
   for (const LayerConfig& l : config.layers) {
     const int64_t qkv = (l.q_heads + l.kv_heads) * l.head_dim_k + l.kv_heads * l.head_dim_v;
     sizes.wide = std::max({sizes.wide, qkv, 2 * l.ff});
     sizes.operand = std::max({sizes.operand, l.ff, l.q_heads * l.head_dim_v});
+    sizes.normed = std::max(sizes.normed, (l.q_heads * l.head_dim_k + 1) / 2);  // q in BF16
   }
   return sizes;
 }
@@ -123,7 +124,7 @@ void DeviceEngine::State::reserve(const Step& step) {
   const StepReport report(impl.layers.size(), config.layers.size());
   bool moved = false;
   moved |= x_.reserve(n * config.width * kFloat);
-  moved |= normed_.reserve(n * config.width * kFloat);
+  moved |= normed_.reserve(n * row.normed * kFloat);
   moved |= hidden_.reserve(n * config.width * kFloat);
   moved |= wide_.reserve(n * row.wide * kFloat);
   moved |= operand_.reserve(n * row.operand * kFloat);

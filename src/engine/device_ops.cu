@@ -118,6 +118,9 @@ __global__ void __launch_bounds__(kThreads) finish_qkv_kernel(const QkvArgs a) {
     x[i * step] = left * cos[i] - right * sin[i];
     x[i * step + other] = left * sin[i] + right * cos[i];
   }
+  if (a.q.data == nullptr || head >= a.q_heads) return;
+  __syncwarp();
+  for (int64_t i = lane; i < dim; i += 32) put(a.q, (token * a.q_heads + head) * dim + i, x[i]);
 }
 
 __device__ float sigmoid(float z) {

@@ -52,6 +52,7 @@ struct QkvArgs {
   RopeLayout rope = RopeLayout::interleaved;
   int64_t q_heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0;
   float eps = 0;
+  Operand q;  // where it has data, q goes there as well, [tokens][q_heads][dim_k]
 };
 // In place: the bias, the norm of each head of q and k, their rotation.
 void finish_qkv(const QkvArgs& args, Stream stream);

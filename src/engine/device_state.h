@@ -79,6 +79,7 @@ struct DeviceEngine::State {
   void launch_graph(Step& step);
   void attention(const Step& step, int64_t layer);
   void feed_forward(const Step& step, int64_t layer);
+  bool narrow_queries(const Step& step, int64_t index) const;
   void attend(const Step& step, int64_t layer, const float* qkv, int64_t row);
   void multiply(const device::Matrix& w, const device::Operand& x, int64_t rows, float* y);
   // For all products of a step, before a graph is captured.

@@ -92,6 +92,11 @@ void DeviceEngine::State::attend(const Step& step, int64_t index, const float* q
   call.q = qkv;
   call.q_element = cuda::Element::f32;
   call.q_token_stride = row;
+  if (narrow_queries(step, index)) {
+    call.q = normed_.as<void>();
+    call.q_element = cuda::Element::bf16;
+    call.q_token_stride = 0;
+  }
   call.out = operand_.as<void>();
   call.out_element = weights.element;
   call.workspace = append.workspace;
@@ -123,6 +128,13 @@ void DeviceEngine::State::attend(const Step& step, int64_t index, const float* q
                       stream.get());
 }
 
+// Prefill takes queries of 16 bits in a third of the products; they are rounded as all activations are.
+bool DeviceEngine::State::narrow_queries(const Step& step, int64_t index) const {
+  const KvCache::Impl& impl = step.cache->impl();
+  return weights.element == cuda::Element::bf16 && step.mode == AttendMode::prefill &&
+         !cuda::is_exact(impl.layers[impl.first_store[static_cast<size_t>(index)]].policy);
+}
+
 void DeviceEngine::State::attention(const Step& step, int64_t index) {
   const LayerConfig& layer = config.layers[static_cast<size_t>(index)];
   const device::Layer& w = weights.layers[static_cast<size_t>(index)];
@@ -151,7 +163,9 @@ void DeviceEngine::State::attention(const Step& step, int64_t index) {
                       .kv_heads = layer.kv_heads,
                       .dim_k = layer.head_dim_k,
                       .dim_v = layer.head_dim_v,
-                      .eps = config.rms_eps},
+                      .eps = config.rms_eps,
+                      .q = {narrow_queries(step, index) ? normed_.as<void>() : nullptr,
+                            cuda::Element::bf16}},
                      stream.get());
   record(step, static_cast<size_t>(2 + 2 * index));
   attend(step, index, qkv, qkv_row(layer));

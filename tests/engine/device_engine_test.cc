@@ -152,6 +152,24 @@ TEST_F(DeviceTest, Bf16WeightsMatchTheSameArithmetic) {
   EXPECT_GT(largest_difference(got, exact), 1e-3);  // it does round
 }
 
+// With BF16 weights prefill's queries are BF16 too, beside FP32 ones in steps of decode mode: nearer to
+// each other than either is to FP32 weights, by a third at least.
+TEST_F(DeviceTest, PrefillRoundsQueriesAsActivations) {
+  for (const char* family : {"qwen2", "gemma3"}) {
+    const TinyModel tiny = make_tiny(wide_spec(family));
+    const auto tokens = random_tokens(300, tiny.spec.vocab);
+    const Pair pair(tiny.load(), ComputeType::bf16), fine(tiny.load());
+    for (const char* policy : {"exact", "fp8", "*:nvfp4x2"}) {
+      Session a = pair.on_device(policy), b = pair.on_device(policy), c = fine.on_device(policy);
+      const auto narrow = run(a, tokens, 300, AttendMode::prefill);
+      const auto wide = run(b, tokens, 16, AttendMode::decode);
+      const auto truth = run(c, tokens, 300, AttendMode::prefill);
+      EXPECT_LT(rms_difference(narrow, wide), 0.67 * rms_difference(wide, truth)) << family << policy;
+      EXPECT_NE(narrow, wide);
+    }
+  }
+}
+
 // How far a policy is from an FP32 cache is known from the CPU, and the device must be well within
 // that of the CPU under the same policy: a wrong value anywhere is as far as the policy itself or
 // further. Decisions follow a bound of the LSE on the device and the LSE itself on the CPU, so pages

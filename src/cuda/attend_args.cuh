@@ -30,6 +30,8 @@ struct AttendArgs {
   float softmax_scale = 1, softcap = 0;  // softcap in base-2 units; 0 = none
   float hadamard_factor = 1;
   float log2_promote = 0, log2_skip = 0;  // of the thresholds
+  // Of attend_planes with tiles of 8 rows: warps of a block may share an open page.
+  int32_t open_by_block = 0;
 };
 
 // The first row of partial `index` of a (sequence, KV head).

@@ -45,14 +45,17 @@ struct TileRows {
   TileView view;
 };
 
-// Which walk of a tile: `part` of `parts` that share a split.
+// Which walk of a tile: `part` of `parts` that share a split; whether those of the first split
+// share the open page, which is no item of a walk then.
 struct WalkPart {
   int split, splits, part, parts;
+  bool share_open = false;
 };
 
 // Which items a walk has: every stride_'th, beginning with the newest. So the last pages, which
 // take longer, fall to different walks. The newest one takes the place of open_items: its walk has
-// none of the next open_items - 1; those after it that are read with their residual of two.
+// none of the next open_items - 1; or the first place of each walk that shares it. Those after it
+// that are read with their residual take two.
 template <int D, int NT>
 class ItemWalk {
  public:
@@ -64,19 +67,29 @@ class ItemWalk {
     g_ = lane_ / 4;
     j_ = lane_ % 4;
     const int splits = max(1, p.splits);  // no items: one split of none
-    first_ = p.split + p.part * splits;
+    first_ = p.share_open ? p.split * p.parts + p.part : p.split + p.part * splits;
     stride_ = splits * p.parts;
-    heavy_ = min(heavy_items(a), stride_ - 1);
-    const int extra = a.split_rule.open_items - 1 + heavy_;
+    lead_ = p.share_open ? p.parts : 1;
+    lead_places_ = p.share_open ? 1 : a.split_rule.open_items;
+    heavy_ = min(heavy_items(a), stride_ - lead_);
+    const int extra = lead_ * lead_places_ - 1 + heavy_;
     items_ = max(0, (v_.items + extra - first_ + stride_ - 1) / stride_);
     rules_ = !v_.prefill && a.g.any_layered() && (a.g.promote < 1.0f || a.g.skip > 0.0f);
   }
 
   // This lane's fragments of the tile's queries.
   __device__ const uint2* query_nvfp4() const {
+    return workspace_at<const uint2>(a_, a_.ws.q_nvfp4) + first_fragment();
+  }
+  __device__ const uint4* query_bf16() const {
+    return workspace_at<const uint4>(a_, a_.ws.q_bf16) + first_fragment();
+  }
+
+ private:
+  __device__ int64_t first_fragment() const {
     const int64_t n_tile =
         ((int64_t{seq_} * a_.g.kv_heads + head_) * a_.ws.rows + v_.first_row) / 8;
-    return workspace_at<const uint2>(a_, a_.ws.q_nvfp4) + n_tile * (D / 16) * 32 + lane_;
+    return n_tile * (D / 16) * 32 + lane_;
   }
 
  protected:
@@ -88,12 +101,13 @@ class ItemWalk {
   // Whether the walk's n-th place holds an item, and which.
   __device__ bool exists(int n) const {
     if (n >= items_ || item_of(n) < 0) return false;
-    if (n == 0) return true;
-    return first_ == 0 ? n >= a_.split_rule.open_items : n > 1 || first_ > heavy_;
+    if (first_ < lead_) return n >= lead_places_ || (n == 0 && lead_ == 1);
+    return n != 1 || first_ >= lead_ + heavy_;
   }
   __device__ int item_of(int n) const {
-    return v_.items - 1 -
-           (first_ + n * stride_ - min(n, a_.split_rule.open_items - 1) - (n > 0 ? heavy_ : 0));
+    const bool later = n > 1 || (n == 1 && first_ >= lead_);  // than the heavy ones
+    return v_.items - 1 - (first_ + 1 + n * stride_ - lead_ * min(n + 1, lead_places_) -
+                           (later ? heavy_ : 0));
   }
   __device__ bool item_sealed(int item) const { return item < v_.sealed_items; }
   __device__ int item_page(int item) const {
@@ -140,7 +154,8 @@ class ItemWalk {
   int tile_, head_, seq_;
   int lane_, g_, j_;
   int first_ = 0, stride_ = 1;
-  int heavy_ = 0;  // walks after that with first_ = 0 whose first item takes two places
+  int lead_ = 1, lead_places_ = 1;  // walks that have the open page, and how many places of each
+  int heavy_ = 0;  // walks after these whose first item takes two places
   int items_ = 0;  // places of the walk
   bool rules_ = false;
 };

@@ -23,6 +23,7 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.multiprocessors = plan.multiprocessors;
   a.slots = plan.slots;
   a.batch_invariant = plan.limits.batch_invariant;
+  a.open_by_block = plan.planes && plan.n_tiles == 1 && call.config.softcap == 0;
   a.prefill = call.config.mode == AttendMode::prefill;
   a.causal = call.config.causal;
   a.softmax_scale = call.config.softmax_scale;

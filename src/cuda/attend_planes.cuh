@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
     if (lane == 0) s.page.rows.view = v;
     __syncwarp();
     const ItemWalk<D, 1> walk(a, s.page.rows, u.head, u.tile, u.seq,
-                              {u.split, u.splits, way, kSoloWarps});
+                              {u.split, u.splits, way, kSoloWarps, shares_open_page(a, v)});
     SoloWarp<D>(walk, s, cursor)
         .run(
             &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, u.seq, u.head, s.page.rows); },

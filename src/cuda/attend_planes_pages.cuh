@@ -35,7 +35,7 @@ class PageScores : protected ItemWalk<D, NT> {
  protected:
   using Base = ItemWalk<D, NT>;
   using Base::a_, Base::v_, Base::b_, Base::tile_, Base::head_, Base::seq_, Base::lane_, Base::g_,
-      Base::j_, Base::items_;
+      Base::j_, Base::items_, Base::first_, Base::lead_;
   using Base::describe, Base::exists, Base::item_of, Base::column_row, Base::side_at,
       Base::residual_at, Base::query_nvfp4, Base::decision_at;
   // The reference of an empty sum: finite, so that differences are.

@@ -7,11 +7,12 @@
 // through shared memory, because registers decide how many warps an SM holds.
 #pragma once
 
-#include "cuda/attend_planes_pages.cuh"
+#include "cuda/attend_planes_open.cuh"
 
 namespace thriftattn::cuda {
 
 inline constexpr int kSoloWarps = 4;
+static_assert(kSoloWarps == kOpenWalks);
 template <int D>
 inline constexpr int kSoloBlocks = planes_blocks(D, 1);
 
@@ -49,6 +50,7 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
   using Walk = ItemWalk<D, 1>;
   using Pages = PageScores<D, 1, Shared>;
   using Pages::a_, Pages::s_, Pages::lane_, Pages::g_, Pages::items_, Pages::l_, Pages::noted_;
+  using Pages::v_, Pages::j_, Pages::head_, Pages::seq_, Pages::tile_, Pages::first_, Pages::lead_;
   using Pages::residual_of, Pages::column_row;
   using typename Pages::Batch, typename Pages::Share;
   static_assert(8 * D * 4 <= 38 * D);
@@ -68,10 +70,16 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
     Batch b = this->batch(0);
     __syncwarp();
     if (b.pages != 0) fetch_k(b.pages);
+    const OpenTokens open = this->open_tokens();
+    if (open.any()) {
+      prefetch_rows(open.k, kOpenTokens * 2 * D, lane_);
+      prefetch_rows(open.v, kOpenTokens * 2 * D, lane_);
+    }
     fill();
     this->load_records(b);
     this->start();
     meanwhile();
+    if (open.any()) add_open(open);
     for (;;) {
       this->take_rest(b, other);
       noted_ = 0;
@@ -187,6 +195,66 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
       at_p_ ^= 1;
       if (full) residual = residual_of(bit) + a_.g.v.res_codes;
     }
+  }
+
+  // What this warp has of an open page that is shared.
+  __device__ OpenTokens open_tokens() const {
+    OpenTokens t;
+    if (lead_ == 1 || first_ >= lead_) return t;
+    t.page = v_.open_first;
+    const int token = t.page * kPage + kOpenTokens * first_;
+    t.from = max(0, v_.begin(v_.i_last) - token);
+    t.to = min(kOpenTokens, v_.end(v_.i_last) - token);
+    const int slot = v_.t.open[t.page % static_cast<int>(v_.t.open_pages)];
+    t.k = a_.call.memory.open + int64_t{slot} * a_.g.open_bytes +
+          (head_ * kPage + kOpenTokens * first_) * (2 * D);
+    t.v = t.k + a_.g.open_v;
+    return t;
+  }
+  // P of 16 tokens, whose products with q' are given, and its sum into l.
+  __device__ uint2 weigh_open(const OpenTokens& open, const float (&s)[4]) {
+    const float* record = page_record(a_, int64_t{seq_} * a_.g.kv_heads + head_, tile_,
+                                      static_cast<int>(a_.limits.max_pages));
+    const float2 offset = *reinterpret_cast<const float2*>(record + 4 + 2 * j_);
+    float x[4];
+    for (;;) {
+      const float2 m = *reinterpret_cast<const float2*>(&s_.page.reference[2 * j_]);
+      bool above = this->fresh_;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = token_of_row(g_) + 4 * (e & 2);
+        x[e] = s[e] + (e & 1 ? offset.y - m.y : offset.x - m.x) + 8.0f;
+        if (token < open.from || token >= open.to) x[e] = -INFINITY;
+        above |= x[e] > 15.0f;
+      }
+      if (!__any_sync(~0u, above)) break;
+      float top[2] = {fmaxf(x[0], x[2]), fmaxf(x[1], x[3])};
+      this->raise(top);
+    }
+    float move[2];
+    this->take_move(move);  // there is no O yet
+    const __half2 a = __floats2half2_rn(exp2_approx(x[0]), exp2_approx(x[1]));
+    const __half2 b = __floats2half2_rn(exp2_approx(x[2]), exp2_approx(x[3]));
+    const uint2 p = make_uint2(transpose_8x8(reinterpret_cast<const uint32_t&>(a)),
+                               transpose_8x8(reinterpret_cast<const uint32_t&>(b)));
+    const uint32_t ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+    float sum[4] = {};
+    mma_f16(sum, ones, p.x, p.y);
+    l_[0] += sum[0] * 0x1p-8f;
+    l_[1] += sum[1] * 0x1p-8f;
+    return p;
+  }
+  // The open page's share of this warp, as the first of the unit: O is empty.
+  __device__ void add_open(const OpenTokens& open) {
+    float s[4] = {};
+    open_scores<D>(open.k, this->query_bf16(), lane_, s);
+    const uint2 p = this->weigh_open(open, s);
+    const BrainPair pairs[2] = {split_weights(p.x), split_weights(p.y)};
+    open_values<D>(open.v, open.to, pairs, lane_, o_);
+    const float unit[2] = {0x1p-8f, 0x1p-8f};
+    scale_output<D, 1>(unit, o_);
+    if (a_.call.decisions != nullptr && lane_ == 0)  // each of the warps says the same
+      *this->decision_at(v_.i_last, open.page) = static_cast<uint8_t>(Decision::open);
   }
 
   // What is not whole pages alike for all rows, by DecodeWarp, whose sums are left in V's place; a

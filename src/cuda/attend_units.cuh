@@ -15,6 +15,13 @@ __device__ inline int heavy_items(const AttendArgs& a) {
   return static_cast<int>(min((a.g.recent + kPage - 1) / kPage + 1, int64_t{1} << 20));
 }
 
+// Walks that share the open page of a step of one position, a place of each
+// (attend_planes_open.cuh).
+inline constexpr int kOpenWalks = kWarps;
+__device__ inline bool shares_open_page(const AttendArgs& a, const TileView& v) {
+  return a.open_by_block != 0 && v.i_first == v.i_last && v.items - v.sealed_items == 1;
+}
+
 // A walk notes items in 32 words of 32 bits.
 inline constexpr int kMostPlaces = kWarps * 1000;
 // What beginning and ending a unit costs, in places.
@@ -29,7 +36,8 @@ class UnitSizes {
   __device__ int places(int seq) const {
     const TileView v = tile_view(a_, seq, 0);
     if (v.rows == 0 || a_.batch_invariant) return v.rows == 0 ? 0 : max(1, v.items);
-    return v.items + a_.split_rule.open_items - 1 + min(v.items, heavy_items(a_));
+    const int open = shares_open_page(a_, v) ? kOpenWalks : a_.split_rule.open_items;
+    return v.items - 1 + open + min(v.items, heavy_items(a_));
   }
   // Most places of a unit: that for which the launch takes the least time, if blocks take unit
   // after unit; 0 where splits go by a sequence's own length.

@@ -38,7 +38,29 @@ struct PageList {
   }
 };
 
-// 16 pages of a warp: rows g and g + 8 of a lane.
+// 16 pages of a warp: rows g and g + 8 of a lane. Ids are read for both before either is used.
+struct PagePlaces {
+  int page[2] = {-1, -1};  // -1: none
+  int id[2] = {};          // of its slot
+  bool open[2] = {};
+};
+
+__device__ inline PagePlaces find_pages(const AttendArgs& a, const TileView& v,
+                                        const PageList& list, int index, int end, int lane) {
+  PagePlaces p;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int at = index + lane / 4 + 8 * h;
+    if (at >= end) continue;
+    p.open[h] = at >= list.sealed;
+    p.page[h] = p.open[h] ? list.open_first + at - list.sealed : list.first + at;
+    if (!a.g.any_layered()) continue;
+    p.id[h] = read_now(p.open[h] ? v.t.open + p.page[h] % static_cast<int>(v.t.open_pages)
+                                 : v.t.blocks + p.page[h]);
+  }
+  return p;
+}
+
 template <int Regs>
 struct PageRows {
   BrainRows<Regs> mean;
@@ -49,33 +71,30 @@ struct PageRows {
 };
 
 template <int Regs>
-__device__ PageRows<Regs> load_pages(const AttendArgs& a, const TileView& v, const PageList& list,
-                                     int head, int index, int end, int lane) {
+__device__ PageRows<Regs> load_pages(const AttendArgs& a, const TileView& v, const PagePlaces& at,
+                                     int head, int lane) {
   const int j = lane % 4;
   PageRows<Regs> p;
-  const uint16_t* mean[2];
+  const uint16_t* mean[2] = {};
+  const SideGeometry& k = a.g.k;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int at = index + lane / 4 + 8 * h;
-    mean[h] = nullptr;
+    const bool open = at.open[h];
     p.scale[h] = 1;
     p.norm_bound[h] = 0;
-    p.sealed_page[h] = p.record[h] = -1;
-    if (at >= end) continue;
-    if (at >= list.sealed) {
-      const int page = list.open_first + at - list.sealed;
-      p.record[h] = static_cast<int>(a.limits.max_pages) + page - v.open_from(0);
-      if (a.g.k.layered()) {
-        const uint8_t* slot = open_slot(a.call.memory, v.t, a.g, page);
-        mean[h] = reinterpret_cast<const uint16_t*>(slot + a.g.open_reference) + head * a.g.k.dim;
-      }
-      continue;
+    p.sealed_page[h] = open ? -1 : at.page[h];
+    p.record[h] = at.page[h];
+    if (open) p.record[h] += static_cast<int>(a.limits.max_pages) - v.open_from(0);
+    if (at.page[h] < 0 || !a.g.any_layered()) continue;
+    const LayerMemory& memory = a.call.memory;
+    uint8_t* slot = (open ? memory.open : memory.pages) +
+                    at.id[h] * (open ? a.g.open_bytes : a.g.slot_bytes);
+    if (k.layered()) {
+      const int64_t offset = open ? a.g.open_reference + head * (2 * k.dim)
+                                  : k.start + int64_t{head} * k.head_bytes + k.mean;
+      mean[h] = reinterpret_cast<const uint16_t*>(slot + offset);
     }
-    p.sealed_page[h] = p.record[h] = list.first + at;
-    if (!a.g.any_layered()) continue;
-    uint8_t* slot = page_slot(a.call.memory, v.t, a.g, list.first + at);
-    if (a.g.k.layered())
-      mean[h] = reinterpret_cast<const uint16_t*>(side_of(slot, a.g.k, head) + a.g.k.mean);
+    if (open) continue;
     const PageMeta* meta = meta_of(slot, a.g, head);
     p.norm_bound[h] = meta->k_mean_norm;
     static_assert(offsetof(PageMeta, k_scale) == 0 &&
@@ -180,21 +199,40 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   const int real_rows = min(v.rows - first_row, rows);  // may be negative
 
   constexpr int kUnit = 16 * Warps;
+  // attend_planes starts from floors; else without a rule nobody asks for one but the caller.
+  const bool asked = !v.prefill && (a.g.nvfp4_planes() || a.call.lse_floor != nullptr ||
+                                    a.g.promote < 1.0f || a.g.skip > 0.0f);
   const PageList list(a, v, kUnit);
   int chunk = static_cast<int>(blockIdx.z) - 2;
   if (!exact && chunk >= list.chunks) return;
+  const auto find = [&](int at) {
+    return find_pages(a, v, list, at, min((chunk + 1) * list.chunk, list.pages), lane);
+  };
+  // What is read of a row lies between, so that it is under way beside the pages.
+  PagePlaces places;
+  ExactPage exact_of_warp;
+  if (exact) {
+    if (asked) exact_of_warp = exact_page(a, v, head, warp / 4);
+  } else {
+    places = find(chunk * list.chunk + 16 * warp);
+  }
+  QueryRow<Regs> read;
+  if (warp < real_rows) read = read_row<Regs>(a, v, head, first_row + warp, lane);
   PageRows<Regs> pages;
-  if (!exact) {
-    const int from = chunk * list.chunk + 16 * warp;
-    pages =
-        load_pages<Regs>(a, v, list, head, from, min((chunk + 1) * list.chunk, list.pages), lane);
+  if (exact) {
+    prefetch_exact_page(a.g.k, exact_of_warp, warp % 4, lane);
+  } else {
+    pages = load_pages<Regs>(a, v, places, head, lane);
   }
   for (int r = warp; r < rows; r += Warps) {
     const int row = first_row + r;
     float x[Regs] = {};
     RowFacts facts;
     if (row < v.rows) {
-      transform_scaled_row(a, v, head, row, lane, x);
+      if (r != warp) read = read_row<Regs>(a, v, head, row, lane);
+      transform_row(a, read, lane, x);
+#pragma unroll
+      for (int k = 0; k < Regs; ++k) x[k] *= a.softmax_scale * kLog2e;
       facts.position = row / a.g.group;
       facts.first_page = v.begin(facts.position) / kPage;
       facts.open_page = v.open_from(facts.position);
@@ -214,16 +252,15 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   };
   float* floors =
       workspace_at<float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + first_row;
-  // attend_planes starts from floors; else without a rule nobody asks for one but the caller.
-  const bool asked = !v.prefill && (a.g.nvfp4_planes() || a.call.lse_floor != nullptr ||
-                                    a.g.promote < 1.0f || a.g.skip > 0.0f);
   clear_sums();
   __syncthreads();
   if (exact) {
     for (int64_t c = list.chunks; c < a.ws.page_chunks; ++c) {
       for (int r = threadIdx.x; r < rows; r += 32 * Warps) floors[c * a.ws.rows + r] = -INFINITY;
     }
-    if (asked && real_rows > 0) add_exact_pages(a, seq, head, (real_rows + 7) / 8, s);
+    if (asked && real_rows > 0) {
+      add_exact_pages(a, seq, head, (real_rows + 7) / 8, exact_of_warp, s);
+    }
     write_floors<Regs, Warps>(a, rows, floors + a.ws.page_chunks * a.ws.rows, s);
     return;
   }
@@ -231,7 +268,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   for (bool loaded = true; chunk < list.chunks; chunk += static_cast<int>(gridDim.z) - 2) {
     const int end = min((chunk + 1) * list.chunk, list.pages);
     for (int at = chunk * list.chunk + 16 * warp; at < end; at += kUnit) {
-      if (!loaded) pages = load_pages<Regs>(a, v, list, head, at, end, lane);
+      if (!loaded) pages = load_pages<Regs>(a, v, find(at), head, lane);
       loaded = false;
       take_pages(a, seq_head, first_row, rows / 8, pages, jensen, s);
     }

@@ -31,8 +31,9 @@ __device__ inline ExactPage exact_page(const AttendArgs& a, const TileView& v, i
   if (!x.own && x.page >= page_of(v.i_last, true)) return x;  // everybody's own page
   const SideGeometry& k = a.g.k;
   if (x.own && k.layered()) {
-    const uint8_t* slot = open_slot(a.call.memory, v.t, a.g, x.page);
-    if (slot == nullptr) return x;
+    const int32_t id = v.t.open[x.page % static_cast<int>(v.t.open_pages)];
+    if (id < 0) return x;
+    const uint8_t* slot = a.call.memory.open + id * a.g.open_bytes;
     x.open = true;
     x.rows = slot + int64_t{head} * kPage * k.dim * 2;
     x.mean = reinterpret_cast<const uint16_t*>(slot + a.g.open_reference) + head * k.dim;
@@ -52,7 +53,27 @@ __device__ inline uint32_t pack_bf16(float x, float y) {  // both are BF16 numbe
   return __float_as_uint(x) >> 16 | (__float_as_uint(y) & 0xffff0000u);
 }
 
-// The 8 dims at 32 c + 8 j of a token, without scales of rows or pages.
+// 8 codes of E2M1. A code's bits where FP32 has the low bits of its exponent are its value * 2^-126.
+__device__ inline uint4 expand_codes(uint32_t codes, float scale) {
+  uint32_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float pair[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t code = codes >> (8 * i + 4 * n);
+      pair[n] = __uint_as_float((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f * scale;
+    }
+    out[i] = pack_bf16(pair[0], pair[1]);
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+// The scale is E4M3 in the low byte, whose bits are its value * 2^-120.
+__device__ inline uint4 nvfp4_chunk(uint32_t codes, uint32_t scale) {
+  return expand_codes(codes, __uint_as_float((scale & 0x7fu) << 20) * 0x1p120f);
+}
+
+// The 8 dims at 32 c + 8 j of a token that is not NVFP4, without scales of rows or pages.
 __device__ inline uint4 token_chunk(const SideGeometry& k, const ExactPage& x, int token, int c,
                                     int j) {
   const int d = 32 * c + 8 * j;
@@ -84,58 +105,110 @@ __device__ inline uint4 token_chunk(const SideGeometry& k, const ExactPage& x, i
   }
   const uint32_t codes =
       *reinterpret_cast<const uint32_t*>(x.rows + k.codes + (token * k.dim + d) / 2);
-  // A code's bits where FP32 has the low bits of its exponent are its value * 2^-126.
-  const float scale = k.kind == SideKind::mxfp4
-                          ? __uint_as_float(x.rows[k.scales + (token * k.dim + d) / 32] << 23)
-                          : e4m3_to_f32(x.rows[k.scales + (token * k.dim + d) / 16]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float pair[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const uint32_t code = codes >> (8 * i + 4 * n);
-      pair[n] = __uint_as_float((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f * scale;
-    }
-    out[i] = pack_bf16(pair[0], pair[1]);
-  }
-  return make_uint4(out[0], out[1], out[2], out[3]);
+  return expand_codes(codes,
+                      __uint_as_float(x.rows[k.scales + (token * k.dim + d) / 32] << 23));  // MXFP4
 }
 
 __device__ inline float capped(const AttendArgs& a, float s) {
   return a.softcap > 0 ? a.softcap * tanhf(s / a.softcap) : s;
 }
 
-// Adds the exact pages to the warp's own sums. A function of its own, so that the blocks that take
-// other pages need no registers for it.
+// Asks for what the warp's job will read, while other things are done: its 16 tokens of codes or
+// rows, scales, means. Nothing of it needs to be exact.
+__device__ inline void prefetch_exact_page(const SideGeometry& k, const ExactPage& x, int slice,
+                                           int lane) {
+  if (x.rows == nullptr) return;
+  const auto ask = [](const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
+  const bool rows = x.open || !k.layered();
+  const int row = x.open ? 2 * k.dim : rows ? k.row_bytes : (k.scales - k.codes) / kPage;
+  const uint8_t* at = x.rows + (x.open ? 0 : rows ? k.rows : k.codes) + 16 * slice * row;
+  for (int i = 128 * lane; i < 16 * row; i += 32 * 128) ask(at + i);
+  if (!rows && lane < 4) ask(x.rows + k.scales + 128 * lane);
+  if (x.mean != nullptr && lane * 64 < k.dim) ask(x.mean + lane * 64);
+}
+
+// The rows of two tokens of 8 dims a lane and chunk. Of the usual formats all reads are under way
+// together.
+template <int Regs>
+__device__ inline void load_tokens(const SideGeometry& k, const ExactPage& x, const int (&token)[2],
+                                   int j, BrainRows<Regs>& rows) {
+  if (x.open) {
+    const uint8_t* at = x.rows + 16 * j;
+#pragma unroll
+    for (int c = 0; c < Regs; ++c) {
+      rows.low[c] = *reinterpret_cast<const uint4*>(at + token[0] * 2 * k.dim + 64 * c);
+      rows.high[c] = *reinterpret_cast<const uint4*>(at + token[1] * 2 * k.dim + 64 * c);
+    }
+    return;
+  }
+  if (k.kind != SideKind::nvfp4) {
+#pragma unroll
+    for (int c = 0; c < Regs; ++c) {
+      rows.low[c] = token_chunk(k, x, token[0], c, j);
+      rows.high[c] = token_chunk(k, x, token[1], c, j);
+    }
+    return;
+  }
+  uint32_t codes[2][Regs], scales[2][Regs / 2];  // a word has the scales of two chunks
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint8_t* at = x.rows + k.codes + token[h] * (16 * Regs) + 4 * j;
+    const uint8_t* scale_at = x.rows + k.scales + token[h] * (2 * Regs);
+#pragma unroll
+    for (int c = 0; c < Regs; ++c) codes[h][c] = read_now(reinterpret_cast<const uint32_t*>(at + 16 * c));
+#pragma unroll
+    for (int c = 0; c < Regs / 2; ++c)
+      scales[h][c] = read_now(reinterpret_cast<const uint32_t*>(scale_at + 4 * c)) >> 8 * (j / 2);
+  }
+  // Chunks move through the registers, which no index can name: short code matters more here, where
+  // it runs once.
+#pragma unroll 1
+  for (int c = 0; c < Regs; ++c) {
+    const uint4 low = nvfp4_chunk(codes[0][0], scales[0][0]);
+    const uint4 high = nvfp4_chunk(codes[1][0], scales[1][0]);
+#pragma unroll
+    for (int i = 0; i + 1 < Regs; ++i) {
+      rows.low[i] = rows.low[i + 1], rows.high[i] = rows.high[i + 1];
+      codes[0][i] = codes[0][i + 1], codes[1][i] = codes[1][i + 1];
+    }
+    rows.low[Regs - 1] = low, rows.high[Regs - 1] = high;
+    scales[0][0] >>= 16, scales[1][0] >>= 16;
+    if (c % 2 == 0) continue;
+#pragma unroll
+    for (int i = 0; i + 1 < Regs / 2; ++i)
+      scales[0][i] = scales[0][i + 1], scales[1][i] = scales[1][i + 1];
+  }
+}
+
+// Adds the exact pages to the warp's own sums, the first of its jobs being x. A function of its own,
+// so that the blocks that take other pages need no registers for it.
 template <int Regs, int Warps>
 __device__ __noinline__ void add_exact_pages(const AttendArgs& a, int seq, int head, int tiles,
-                                             PrepareShared<Regs, Warps>& s) {
+                                             ExactPage x, PrepareShared<Regs, Warps>& s) {
   static_assert(Warps % 4 == 0);
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
   const int slice = warp % 4;
   for (int job = warp / 4; job < 4; job += Warps / 4) {
-    const ExactPage x = exact_page(a, v, head, job);
+    if (job != warp / 4) x = exact_page(a, v, head, job);
     if (x.rows == nullptr) continue;
-    BrainRows<Regs> rows;
-    float offset[2] = {};  // of tile g's columns 2 j and 2 j + 1
-    if (x.mean != nullptr) {
+    BrainRows<Regs> mean, rows;
+    const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
-      for (int c = 0; c < Regs; ++c) {
-        rows.low[c] = rows.high[c] = *reinterpret_cast<const uint4*>(x.mean + 32 * c + 8 * j);
-      }
-      for (int n = 0; n < tiles; ++n) {
-        float sum[4];
-        multiply_rows<Regs>(rows, s.query[n], lane, sum);
-        if (g == n) offset[0] = sum[0], offset[1] = sum[1];
-      }
+    for (int c = 0; c < Regs; ++c) {
+      mean.low[c] = mean.high[c] =
+          x.mean != nullptr ? *reinterpret_cast<const uint4*>(x.mean + 32 * c + 8 * j) : none;
     }
     const int token[2] = {16 * slice + g, 16 * slice + 8 + g};
     float scale[2] = {x.scale, x.scale};
-#pragma unroll
-    for (int c = 0; c < Regs; ++c) {
-      rows.low[c] = token_chunk(a.g.k, x, token[0], c, j);
-      rows.high[c] = token_chunk(a.g.k, x, token[1], c, j);
+    load_tokens<Regs>(a.g.k, x, token, j, rows);
+    float offset[2] = {};  // of tile g's columns 2 j and 2 j + 1
+    if (x.mean != nullptr) {
+      for (int n = 0; n < tiles; ++n) {
+        float sum[4];
+        multiply_rows<Regs>(mean, s.query[n], lane, sum);
+        if (g == n) offset[0] = sum[0], offset[1] = sum[1];
+      }
     }
     if (a.g.k.kind == SideKind::fp8) {
 #pragma unroll

@@ -1,57 +1,84 @@
 // q' of one query row: what attend_prepare and attend_prefill multiply keys with.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "base/float_convert.h"
 #include "cuda/attend_args.cuh"
 #include "cuda/hadamard.cuh"
 
 namespace thriftattn::cuda {
 
-// Elements i + 32 r of q, with all loads under way at once.
+// Reads here, not where the number is used: the compiler moves loads behind divisions and waits for
+// one after another.
+__device__ inline float read_now(const float* from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+__device__ inline int32_t read_now(const int32_t* from) {
+  int32_t x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from));
+  return x;
+}
+__device__ inline uint32_t read_now(const uint32_t* from) {
+  return static_cast<uint32_t>(read_now(reinterpret_cast<const int32_t*>(from)));
+}
+__device__ inline uint16_t read_now(const uint16_t* from) {
+  uint16_t x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+}
+
+// What q' of a row is made of, element r * 32 + lane in [r].
 template <int Regs>
-__device__ inline void load_q(const AttendCall& c, int64_t i, float (&x)[Regs]) {
+struct QueryRow {
+  float q[Regs], by[Regs];  // q / by
+};
+template <int Regs>
+__device__ inline QueryRow<Regs> read_row(const AttendArgs& a, const TileView& v, int head, int row,
+                                          int lane) {
+  constexpr int kDim = 32 * Regs;
+  QueryRow<Regs> x;
+  const AttendCall& c = a.call;
+  const int i = row / a.g.group, g = row - i * a.g.group;
+  const int64_t stride =
+      c.q_token_stride ? c.q_token_stride : int64_t{a.g.kv_heads} * a.g.group * kDim;
+  const int64_t at =
+      (v.t.first_row + a.first_q + i) * stride + (head * a.g.group + g) * kDim + lane;
+  const float* by = a.g.k.layered() ? c.memory.equalizer : nullptr;
+#pragma unroll
+  for (int r = 0; r < Regs; ++r)
+    x.by[r] = by != nullptr ? read_now(by + head * kDim + lane + 32 * r) : 1.0f;
   if (c.q_element == Element::f32) {
 #pragma unroll
-    for (int r = 0; r < Regs; ++r) x[r] = static_cast<const float*>(c.q)[i + 32 * r];
-    return;
+    for (int r = 0; r < Regs; ++r) x.q[r] = read_now(static_cast<const float*>(c.q) + at + 32 * r);
+    return x;
   }
   uint16_t bits[Regs];
 #pragma unroll
-  for (int r = 0; r < Regs; ++r) bits[r] = static_cast<const uint16_t*>(c.q)[i + 32 * r];
+  for (int r = 0; r < Regs; ++r)
+    bits[r] = read_now(static_cast<const uint16_t*>(c.q) + at + 32 * r);
   const bool bf16 = c.q_element == Element::bf16;
 #pragma unroll
-  for (int r = 0; r < Regs; ++r) x[r] = bf16 ? bf16_to_f32(bits[r]) : fp16_to_f32(bits[r]);
+  for (int r = 0; r < Regs; ++r)
+    x.q[r] = bf16 ? bf16_to_f32(bits[r]) : __half2float(__ushort_as_half(bits[r]));
+  return x;
 }
 
-// q' of one row by one warp, element r * 32 + lane in x[r]: H (q / s).
+// q' of one row by one warp: H (q / s).
 template <int Regs>
-__device__ inline void transform_row(const AttendArgs& a, const TileView& v, int head, int row,
-                                     int lane, float (&x)[Regs]) {
-  constexpr int kDim = 32 * Regs;
-  const int i = row / a.g.group, g = row % a.g.group;
-  const int64_t stride =
-      a.call.q_token_stride ? a.call.q_token_stride : int64_t{a.g.kv_heads} * a.g.group * kDim;
-  const int64_t at =
-      (v.t.first_row + a.first_q + i) * stride + (int64_t{head} * a.g.group + g) * kDim;
-  const float* s = a.g.k.layered() ? a.call.memory.equalizer : nullptr;
-  load_q(a.call, at + lane, x);
-  if (s != nullptr) {
-    float by[Regs];
+__device__ inline void transform_row(const AttendArgs& a, const QueryRow<Regs>& row, int lane,
+                                     float (&x)[Regs]) {
 #pragma unroll
-    for (int r = 0; r < Regs; ++r) by[r] = s[head * kDim + r * 32 + lane];
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) x[r] /= by[r];
-  }
+  for (int r = 0; r < Regs; ++r) x[r] = row.q[r] / row.by[r];
   if (a.g.k.layered() && a.g.rotate) hadamard_row(x, lane, a.hadamard_factor);
 }
 
-// The same times softmax_scale * log2(e).
 template <int Regs>
-__device__ inline void transform_scaled_row(const AttendArgs& a, const TileView& v, int head,
-                                            int row, int lane, float (&x)[Regs]) {
-  transform_row(a, v, head, row, lane, x);
-#pragma unroll
-  for (int r = 0; r < Regs; ++r) x[r] *= a.softmax_scale * kLog2e;
+__device__ inline void transform_row(const AttendArgs& a, const TileView& v, int head, int row,
+                                     int lane, float (&x)[Regs]) {
+  transform_row(a, read_row<Regs>(a, v, head, row, lane), lane, x);
 }
 
 // The exponent that brings a row's largest element into [8, 16): FP16 products with codes and their

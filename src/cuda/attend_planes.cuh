@@ -43,9 +43,12 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
   const int way = threadIdx.x / 32, lane = threadIdx.x % 32;
   SoloShared<D>& s = shared.warp[way];
   DecodeWarp<D, 1, SoloShared<D>>::init(s, lane);
-  wait_for_previous_kernel();
+  // The codes of pages are there before attend_prepare is done; what a budget chooses is not.
+  if (a.g.budget != 0) wait_for_previous_kernel();
   let_next_kernel_start();
-  const Units units(a);
+  const UnitTable table(a);
+  wait_for_units(table);
+  const int units = table.starts[a.limits.batch];
   SoloCursor cursor;
   bool finished = false;  // sums of a unit lie in shared memory
   const auto add_finished = [&] {
@@ -56,11 +59,10 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
     add_up<D, 1, kSoloWarps>(a, from, way, lane, s.partial);
   };
   // Units are taken as blocks become free: which block adds a unit up makes no difference to it.
-  int32_t* counter = workspace_at<int32_t>(a, a.ws.next_unit);
-  for (int unit = blockIdx.x; unit < units.count(); unit = shared.next) {
+  for (int unit = blockIdx.x; unit < units; unit = shared.next) {
     int next = 0;
-    if (threadIdx.x == 0) next = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
-    const Unit u = units.at(unit);
+    if (threadIdx.x == 0) next = static_cast<int>(gridDim.x) + atomicAdd(table.taken, 1);
+    const Unit u = table.units[unit];
     const TileView v = tile_view(a, u.seq, u.tile);
     __syncwarp();  // the unit before is not read any more
     if (lane == 0) s.page.rows.view = v;
@@ -69,7 +71,11 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
                               {u.split, u.splits, way, kSoloWarps, shares_open_page(a, v)});
     SoloWarp<D>(walk, s, cursor)
         .run(
-            &shared.query[0][lane], [&] { fill_rows<D, 1>(a, v, u.seq, u.head, s.page.rows); },
+            &shared.query[0][lane],
+            [&] {
+              wait_for_previous_kernel();
+              fill_rows<D, 1>(a, v, u.seq, u.head, s.page.rows);
+            },
             [&] {
               uint2 q[D / 16 / kSoloWarps];
 #pragma unroll
@@ -87,6 +93,7 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
             });
     finished = true;
   }
+  wait_for_previous_kernel();  // of blocks without a unit too: attend_merge waits for this kernel alone
   __syncthreads();
   if (finished) add_finished();
 }
@@ -106,10 +113,11 @@ __global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
     ValueWarp<D, NT>(a, shared, team).run();
     return;
   }
-  const Units units(a);
+  const UnitTable table(a);
+  const int units = table.starts[a.limits.batch];
   TeamCursor cursor;
-  for (int unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
-    const Unit u = units.at(unit);
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const Unit u = table.units[unit];
     const TileView v = tile_view(a, u.seq, u.tile);
     __syncwarp();  // the unit before is not read any more
     if (lane == 0) s.page.rows.view = v;

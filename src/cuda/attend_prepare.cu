@@ -178,7 +178,11 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   using Shared = PrepareShared<Regs, Warps>;
   Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
   wait_for_previous_kernel();
+  const bool shares = a.slots > 0 && blockIdx.z == 1 && blockIdx.x == 0 && blockIdx.y == 0;
+  if (shares) forget_units(UnitTable(a));
   let_next_kernel_start();
+  if (shares) share_units(a, UnitTable(a));
+  if (blockIdx.z == 1) return;
   const int groups = (static_cast<int>(a.ws.rows) + kRowGroup<Regs> - 1) / kRowGroup<Regs>;
   const int head = blockIdx.x / groups, first_row = blockIdx.x % groups * kRowGroup<Regs>,
             seq = blockIdx.y;
@@ -186,11 +190,6 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));
   const bool exact = blockIdx.z == 0;
-  if (blockIdx.z == 1) {
-    if (blockIdx.x == 0 && blockIdx.y == 0 && warp == 0 && a.slots > 0) write_unit_starts(a);
-    if (threadIdx.x == 0) *workspace_at<int32_t>(a, a.ws.next_unit) = 0;
-    return;
-  }
   // Rows that only fill a tile up get zeros.
   const int last_tile = (v.rows + a.tile_rows - 1) / a.tile_rows * a.tile_rows;
   const int rows_end = exact ? static_cast<int>(a.ws.rows) : last_tile;

@@ -27,123 +27,144 @@ inline constexpr int kMostPlaces = kWarps * 1000;
 // What beginning and ending a unit costs, in places.
 inline constexpr int kUnitCost = 12;
 
-// Decides it, by a whole warp. `places` is called as places(b), by lane b % 32 alone.
+// What the units of a launch are as large as. By whole warps; `places` has those of each sequence.
 class UnitSizes {
  public:
-  __device__ explicit UnitSizes(const AttendArgs& a)
-      : a_(a), lane_(threadIdx.x % 32), batch_(static_cast<int>(a.limits.batch)) {}
+  static constexpr int kRounds = 4, kTries = 24;
 
-  __device__ int places(int seq) const {
-    const TileView v = tile_view(a_, seq, 0);
-    if (v.rows == 0 || a_.batch_invariant) return v.rows == 0 ? 0 : max(1, v.items);
-    const int open = shares_open_page(a_, v) ? kOpenWalks : a_.split_rule.open_items;
-    return v.items - 1 + open + min(v.items, heavy_items(a_));
+  __device__ UnitSizes(const AttendArgs& a, const int32_t* places)
+      : a_(a), places_(places), batch_(static_cast<int>(a.limits.batch)) {}
+
+  __device__ static int places_of(const AttendArgs& a, int seq) {
+    const TileView v = tile_view(a, seq, 0);
+    if (v.rows == 0 || a.batch_invariant) return v.rows == 0 ? 0 : max(1, v.items);
+    const int open = shares_open_page(a, v) ? kOpenWalks : a.split_rule.open_items;
+    return v.items - 1 + open + min(v.items, heavy_items(a));
   }
-  // Most places of a unit: that for which the launch takes the least time, if blocks take unit
-  // after unit; 0 where splits go by a sequence's own length.
-  template <class Places>
-  __device__ int best(const Places& places) const {
-    if (a_.batch_invariant) return 0;
+
+  struct Choice {
+    int cost, size;
+  };
+  // Where blocks take `rounds` units one after another: a unit's places, and how long that takes.
+  // Each lane looks at one size, each a sixteenth above the one before; the first that makes few
+  // enough units is it.
+  __device__ Choice best_of(int rounds) const {
+    const int lane = threadIdx.x % 32, slots = a_.slots * rounds;
     float total = 0;  // rounded: sizes are tried anyway
-    for (int b = lane_; b < batch_; b += 32) total += static_cast<float>(places(b));
+    for (int b = lane; b < batch_; b += 32) total += static_cast<float>(places_[b]);
     for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
     total *= static_cast<float>(a_.g.kv_heads * a_.row_tiles);
-    int best = 1, least = INT32_MAX;
+    int size = max(kLeastPlaces, static_cast<int>(fminf(total / slots, kMostPlaces)));
 #pragma unroll 1
-    for (int rounds = 1; rounds <= 4; ++rounds) {
-      const int slots = a_.slots * rounds;
-      int size = max(kLeastPlaces, static_cast<int>(fminf(total / slots, kMostPlaces)));
-      int units = 0, most = 0;
+    for (int i = min(lane, kTries - 1); i > 0; --i) size += max(size / 16, 1);
+    int units = 0, most = 0;
 #pragma unroll 1
-      for (int i = 0; i < 24; ++i) {
-        count(size, places, units, most);
-        if (units <= slots || size >= kMostPlaces) break;
-        size += max(size / 16, 1);
-      }
-      const int cost = (units + a_.slots - 1) / a_.slots * (most + kUnitCost);
-      if (cost < least) least = cost, best = size;
+    for (int b = 0; b < batch_; ++b) {
+      const int n = places_[b], s = splits(n, size);
+      units += s;
+      if (s > 0) most = max(most, (n + s - 1) / s);
     }
-    return best;
+    units *= a_.g.kv_heads * a_.row_tiles;
+    const int cost = (units + a_.slots - 1) / a_.slots * (most + kUnitCost);
+    const bool enough = units <= slots || size >= kMostPlaces || lane >= kTries - 1;
+    const int first = __ffs(static_cast<int>(__ballot_sync(~0u, enough))) - 1;
+    return {__shfl_sync(~0u, cost, first), __shfl_sync(~0u, size, first)};
   }
-  __device__ int units(int places, int size) const {
-    return splits(places, size) * a_.g.kv_heads * a_.row_tiles;
-  }
-
- private:
+  // Of `places` in units of `size`; 0 where splits go by a sequence's own length.
   __device__ int splits(int places, int size) const {
     if (places == 0) return 0;
     if (size == 0) return static_cast<int>(splits_of(places, a_.split_rule));
     const int least = (places + kMostPlaces - 1) / kMostPlaces;
     return min(a_.splits, max(least, (places + size - 1) / size));
   }
-  template <class Places>
-  __device__ void count(int size, const Places& places, int& units, int& most) const {
-    int sum = 0;
-    most = 0;
-    for (int b = lane_; b < batch_; b += 32) {
-      const int n = places(b), s = splits(n, size);
-      sum += s;
-      if (s > 0) most = max(most, (n + s - 1) / s);
-    }
-    units = __reduce_add_sync(~0u, sum) * a_.g.kv_heads * a_.row_tiles;
-    most = __reduce_max_sync(~0u, most);
-  }
-
-  const AttendArgs& a_;
-  int lane_, batch_;
-};
-
-// The first unit of each sequence, for kernels that do not decide it themselves. By a whole warp.
-__device__ inline void write_unit_starts(const AttendArgs& a) {
-  int32_t* starts = workspace_at<int32_t>(a, a.ws.unit_starts);
-  const UnitSizes sizes(a);
-  const int lane = threadIdx.x % 32, batch = static_cast<int>(a.limits.batch);
-  for (int b = lane; b < batch; b += 32) starts[b + 1] = sizes.places(b);
-  const auto places = [&](int b) { return starts[b + 1]; };  // of the same lane
-  const int size = sizes.best(places);
-  int start = 0;
-  for (int first = 0; first < batch; first += 32) {
-    const int b = first + lane;
-    const int end = start + warp_sum_up(b < batch ? sizes.units(places(b), size) : 0);
-    if (b < batch) starts[b + 1] = end;
-    start = __shfl_sync(~0u, end, 31);
-  }
-  if (lane == 0) starts[0] = 0;
-}
-
-struct Unit {
-  int seq, head, tile, split, splits;
-};
-// The units of a launch, of sequence after sequence. Asked by whole warps.
-class Units {
- public:
-  __device__ explicit Units(const AttendArgs& a) : a_(a), count_(starts()[a.limits.batch]) {}
-  __device__ int count() const { return count_; }
-  __device__ Unit at(int unit) const {
-    const int batch = static_cast<int>(a_.limits.batch);
-    int seq = 0, start = 0, end = 0;
-    for (int first = 0;; first += 32) {
-      const int b = first + static_cast<int>(threadIdx.x % 32);
-      const int own = b < batch ? starts()[b + 1] : INT32_MAX;
-      const int before = __popc(__ballot_sync(~0u, own <= unit));
-      seq += before;
-      if (before > 0) start = __shfl_sync(~0u, own, before - 1);
-      end = __shfl_sync(~0u, own, before % 32);
-      if (before < 32) break;
-    }
-    const int across = a_.g.kv_heads * a_.row_tiles;
-    return {seq, (unit - start) % across / a_.row_tiles, (unit - start) % a_.row_tiles,
-            (unit - start) / across, (end - start) / across};
-  }
 
  private:
-  __device__ const int32_t* starts() const {
-    return workspace_at<const int32_t>(a_, a_.ws.unit_starts);
-  }
-
   const AttendArgs& a_;
-  int count_;
+  const int32_t* places_;
+  int batch_;
 };
+
+struct alignas(16) Unit {
+  int32_t seq;
+  uint16_t head, tile, split, splits;
+};
+
+// Written by attend_prepare for attend_planes: the first unit of each sequence, and all of them.
+// Units are there when `ready` is.
+struct UnitTable {
+  int32_t *taken, *ready;  // units beyond the first of each block
+  int32_t* starts;
+  Unit* units;
+  __device__ explicit UnitTable(const AttendArgs& a)
+      : taken(workspace_at<int32_t>(a, a.ws.next_unit)),
+        ready(taken + 1),
+        starts(workspace_at<int32_t>(a, a.ws.unit_starts)),
+        units(workspace_at<Unit>(a, units_offset(a.ws, a.limits.batch))) {}
+};
+
+// Decides what the units are, by a whole block. Before the first kernel that waits for them may
+// start, forget_units().
+__device__ inline void forget_units(const UnitTable& t) {
+  if (threadIdx.x == 0) {
+    *t.ready = 0;
+    *t.taken = 0;
+    __threadfence();
+  }
+  __syncthreads();
+}
+__device__ inline void share_units(const AttendArgs& a, const UnitTable& t) {
+  __shared__ UnitSizes::Choice choice[UnitSizes::kRounds];
+  const int batch = static_cast<int>(a.limits.batch), threads = static_cast<int>(blockDim.x);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int b = threadIdx.x; b < batch; b += threads) t.starts[b + 1] = UnitSizes::places_of(a, b);
+  __syncthreads();
+  const UnitSizes sizes(a, t.starts + 1);
+  if (!a.batch_invariant) {
+    if (warp < UnitSizes::kRounds) {
+      const UnitSizes::Choice c = sizes.best_of(warp + 1);
+      if (lane == 0) choice[warp] = c;
+    }
+    __syncthreads();
+  }
+  const int across = a.g.kv_heads * a.row_tiles;
+  if (warp == 0) {
+    UnitSizes::Choice best = {INT32_MAX, 0};
+    for (int r = 0; r < UnitSizes::kRounds && !a.batch_invariant; ++r) {
+      if (choice[r].cost < best.cost) best = choice[r];
+    }
+    int start = 0;
+    for (int first = 0; first < batch; first += 32) {
+      const int b = first + lane;
+      const int own = b < batch ? sizes.splits(t.starts[b + 1], best.size) * across : 0;
+      const int end = start + warp_sum_up(own);
+      if (b < batch) t.starts[b + 1] = end;
+      start = __shfl_sync(~0u, end, 31);
+    }
+    if (lane == 0) t.starts[0] = 0;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < batch * across; i += threads) {
+    const int seq = i / across, at = i % across, start = t.starts[seq];
+    const int splits = (t.starts[seq + 1] - start) / across;
+    Unit u = {seq, static_cast<uint16_t>(at / a.row_tiles), static_cast<uint16_t>(at % a.row_tiles),
+              0, static_cast<uint16_t>(splits)};
+    for (; u.split < splits; ++u.split) t.units[start + u.split * across + at] = u;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *const_cast<volatile int32_t*>(t.ready) = 1;
+  }
+}
+// Until share_units() is done: attend_prepare may still run, but its blocks have begun.
+__device__ inline void wait_for_units(const UnitTable& t) {
+  int32_t ready = 0;
+  while (ready == 0) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(t.ready) : "memory");
+#endif
+  }
+}
 
 // Splits of a sequence with `items` items, of whichever kernel walked them.
 __device__ inline int splits_of_sequence(const AttendArgs& a, int seq, int items) {

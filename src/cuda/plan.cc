@@ -61,8 +61,9 @@ Workspace lay_out(const AttendPlan::State& s) {
   w.floors = layout.take(heads * w.chunks * w.rows * 4);
   w.records = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * (4 + 8 * s.n_tiles) * 4);
   w.noted = layout.take(heads * s.row_tiles * (s.limits.max_pages + w.open_records) * 4);
-  w.next_unit = layout.take(4);
-  w.unit_starts = layout.take((s.limits.batch + 1) * 4);
+  w.next_unit = layout.take(8);
+  w.unit_starts = layout.take(0);
+  layout.take(units_offset(w, s.limits.batch) - w.unit_starts + heads * s.row_tiles * s.splits * 16);
   w.partial_o = layout.take(heads * s.splits * w.rows * dim * 4);
   w.partial_ml = layout.take(heads * s.splits * w.rows * 8);
   if (s.prefill_stages > 0) {

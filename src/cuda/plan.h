@@ -78,8 +78,9 @@ struct Workspace {
   int64_t records = 0;       // [batch][kv_heads][row_tiles][max_pages + open_records][4 + tile rows]:
                              // 4 page scales and an offset a row
   int64_t noted = 0;         // [batch][kv_heads][row_tiles][max_pages + open_records] row bits
-  int64_t next_unit = 0;     // int32: what attend_planes takes next; prepare sets it to 0
-  int64_t unit_starts = 0;   // [batch + 1] int32: attend_planes' first unit of each sequence
+  // Of attend_planes: int32, which unit is taken next, and whether the units are there; [batch + 1]
+  // int32, the first unit of each sequence, and from units_offset() on the units, 16 bytes each.
+  int64_t next_unit = 0, unit_starts = 0;
   int64_t partial_o = 0;     // [batch][kv_heads][splits][rows][dim]
   int64_t partial_ml = 0;    // [batch][kv_heads][splits][rows][2]
   int64_t facts = 0;         // [batch][kv_heads][max_pages] PageFacts of attend_prefill
@@ -90,6 +91,10 @@ struct Workspace {
   int64_t tiles = 0;         // of a pass: [heads][max_pages][tiles of K and V] FP16 [64][dim]
   int64_t bytes = 0;
 };
+
+THRIFTATTN_HOST_DEVICE inline int64_t units_offset(const Workspace& w, int64_t batch) {
+  return w.unit_starts + ((batch + 1) * 4 + 15) / 16 * 16;
+}
 
 struct AttendPlan::State {
   LayerShape shape;

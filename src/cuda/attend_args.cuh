@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device_tables.cuh"
+#include "cuda/mma.cuh"
 
 namespace thriftattn::cuda {
 
@@ -33,6 +34,11 @@ struct AttendArgs {
   // Of attend_planes with tiles of 8 rows: warps of a block may share an open page.
   int32_t open_by_block = 0;
 };
+
+// The position of a row of the pass; the usual step has one.
+__device__ inline int position_of(const AttendArgs& a, int row) {
+  return row < a.g.group ? 0 : row / a.g.group;
+}
 
 // The first row of partial `index` of a (sequence, KV head).
 __device__ inline int64_t partial_row(const AttendArgs& a, int64_t seq_head, int index) {
@@ -102,8 +108,8 @@ __device__ inline TileView tile_view(const AttendArgs& a, int seq, int tile, int
   v.first_row = tile * tile_rows;
   v.end_row = min(v.rows, v.first_row + tile_rows);
   if (v.first_row >= v.end_row) return v;
-  v.i_first = v.first_row / a.g.group;
-  v.i_last = (v.end_row - 1) / a.g.group;
+  v.i_first = position_of(a, v.first_row);
+  v.i_last = position_of(a, v.end_row - 1);
   v.page_begin = v.begin(v.i_first) / kPage;
   v.page_end = (v.end(v.i_last) - 1) / kPage + 1;
   if (a.g.any_layered()) {
@@ -143,14 +149,14 @@ template <int Lanes>
 __device__ inline float row_floor(const AttendArgs& a, int64_t seq_head, int row, int q_head,
                                   bool asks = true) {
   constexpr int kEach = (kPageChunks + Lanes) / Lanes;  // of kPageChunks + 1
+  const int chunks = asks ? static_cast<int>(a.ws.chunks) : 0, rows = static_cast<int>(a.ws.rows);
+  int c = threadIdx.x % Lanes;
   const float* floors =
-      workspace_at<const float>(a, a.ws.floors) + seq_head * a.ws.chunks * a.ws.rows + row;
+      workspace_at<const float>(a, a.ws.floors) + (seq_head * a.ws.chunks + c) * rows + row;
   float x[kEach];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int c = threadIdx.x % Lanes + i * Lanes;
-    x[i] = asks && c < a.ws.chunks ? floors[c * a.ws.rows] : -INFINITY;
-  }
+  for (int i = 0; i < kEach; ++i, c += Lanes, floors += Lanes * rows)
+    x[i] = c < chunks ? *floors : -INFINITY;
   const float sink =
       asks && a.call.sink_logits != nullptr ? a.call.sink_logits[q_head] * kLog2e : -INFINITY;
   float top = sink;
@@ -161,11 +167,11 @@ __device__ inline float row_floor(const AttendArgs& a, int64_t seq_head, int row
   const float base = top == -INFINITY ? 0.0f : top;
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) sum += exp2f(x[i] - base);
+  for (int i = 0; i < kEach; ++i) sum += exp2_approx(x[i] - base);
 #pragma unroll
   for (int step = Lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  sum += exp2f(sink - base);
-  return base + log2f(sum);
+  sum += exp2_approx(sink - base);
+  return base + __log2f(sum);
 }
 
 }  // namespace thriftattn::cuda

@@ -73,7 +73,9 @@ class ItemWalk {
     lead_places_ = p.share_open ? 1 : a.split_rule.open_items;
     heavy_ = min(heavy_items(a), stride_ - lead_);
     const int extra = lead_ * lead_places_ - 1 + heavy_;
-    items_ = max(0, (v_.items + extra - first_ + stride_ - 1) / stride_);
+    const int left = v_.items + extra - first_;
+    items_ =
+        left <= 0 ? 0 : static_cast<int>((left + stride_ - 1u) / static_cast<unsigned>(stride_));
     rules_ = !v_.prefill && a.g.any_layered() && (a.g.promote < 1.0f || a.g.skip > 0.0f);
   }
 

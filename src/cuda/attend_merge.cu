@@ -46,19 +46,20 @@ __device__ float rotate_back(float x, int d, int dim, float factor,
 __global__ void __launch_bounds__(64 * kMergeGroups)
     attend_merge(const __grid_constant__ AttendArgs a) {
   __shared__ float values[kMergeGroups][256];
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  // attend_planes lets this start when its units are there; lengths and tables are older.
   const int dim = a.g.v.dim, quads = dim / 4;
   const int seq = blockIdx.z, head = blockIdx.y, row = blockIdx.x;
   const int lane = threadIdx.x % 32;
   const TileView v = tile_view(a, seq, row / a.tile_rows);
-  if (row >= v.rows) return;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
-  const int splits = splits_of_sequence(a, seq, v.items);
+  const int splits = row < v.rows ? splits_of_sequence(a, seq, v.items) : 0;
   const int64_t first = partial_row(a, seq_head, 0) + row;
   const float2* ml = workspace_at<const float2>(a, a.ws.partial_ml) + first;
   const float* o = workspace_at<const float>(a, a.ws.partial_o) + first * dim;
   const int group = threadIdx.x / quads, quad = threadIdx.x % quads;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (row >= v.rows) return;
 
   float2 part[2];  // of splits lane and lane + 32, in every warp
 #pragma unroll

@@ -20,10 +20,12 @@ __device__ void fill_rows(const AttendArgs& a, const TileView& v, int seq, int h
     // Four lanes a row.
     const int r = 8 * n + lane / 4, row = v.first_row + r;
     const bool real = row < v.end_row;
-    const float floor = row_floor<4>(a, seq_head, row, head * a.g.group + row % a.g.group, real);
+    const int position = position_of(a, row);
+    const int q_head = head * a.g.group + row - position * a.g.group;
+    const float floor = row_floor<4>(a, seq_head, row, q_head, real);
     if (lane % 4 != 0) continue;
     rows.floor[r] = real ? floor : INFINITY;
-    rows.position[r] = real ? row / a.g.group : -1;
+    rows.position[r] = real ? position : -1;
     rows.row_factor[r] =
         real ? workspace_at<const float>(a, a.ws.row_factor)[seq_head * a.ws.rows + row] : 0.0f;
   }
@@ -45,9 +47,9 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
   DecodeWarp<D, 1, SoloShared<D>>::init(s, lane);
   // The codes of pages are there before attend_prepare is done; what a budget chooses is not.
   if (a.g.budget != 0) wait_for_previous_kernel();
-  let_next_kernel_start();
   const UnitTable table(a);
   wait_for_units(table);
+  let_next_kernel_start();  // attend_merge reads the units' numbers before it waits
   const int units = table.starts[a.limits.batch];
   SoloCursor cursor;
   bool finished = false;  // sums of a unit lie in shared memory
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
             });
     finished = true;
   }
-  wait_for_previous_kernel();  // of blocks without a unit too: attend_merge waits for this kernel alone
+  // Blocks without a unit wait too, because attend_merge waits for this kernel alone.
+  wait_for_previous_kernel();
   __syncthreads();
   if (finished) add_finished();
 }

@@ -50,8 +50,8 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
   using Walk = ItemWalk<D, 1>;
   using Pages = PageScores<D, 1, Shared>;
   using Pages::a_, Pages::s_, Pages::lane_, Pages::g_, Pages::items_, Pages::l_, Pages::noted_;
-  using Pages::v_, Pages::j_, Pages::head_, Pages::seq_, Pages::tile_, Pages::first_, Pages::lead_;
   using Pages::residual_of, Pages::column_row;
+  using Pages::v_, Pages::j_, Pages::head_, Pages::seq_, Pages::tile_, Pages::first_, Pages::lead_;
   using typename Pages::Batch, typename Pages::Share;
   static_assert(8 * D * 4 <= 38 * D);
 

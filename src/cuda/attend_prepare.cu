@@ -87,8 +87,8 @@ __device__ PageRows<Regs> load_pages(const AttendArgs& a, const TileView& v, con
     if (open) p.record[h] += static_cast<int>(a.limits.max_pages) - v.open_from(0);
     if (at.page[h] < 0 || !a.g.any_layered()) continue;
     const LayerMemory& memory = a.call.memory;
-    uint8_t* slot = (open ? memory.open : memory.pages) +
-                    at.id[h] * (open ? a.g.open_bytes : a.g.slot_bytes);
+    uint8_t* slot =
+        (open ? memory.open : memory.pages) + at.id[h] * (open ? a.g.open_bytes : a.g.slot_bytes);
     if (k.layered()) {
       const int64_t offset = open ? a.g.open_reference + head * (2 * k.dim)
                                   : k.start + int64_t{head} * k.head_bytes + k.mean;
@@ -104,8 +104,9 @@ __device__ PageRows<Regs> load_pages(const AttendArgs& a, const TileView& v, con
   const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
   for (int c = 0; c < Regs; ++c) {
-    p.mean.low[c] = mean[0] ? *reinterpret_cast<const uint4*>(mean[0] + 32 * c + 8 * j) : none;
-    p.mean.high[c] = mean[1] ? *reinterpret_cast<const uint4*>(mean[1] + 32 * c + 8 * j) : none;
+    const int d = 32 * c + 8 * j;
+    p.mean.low[c] = mean[0] ? *reinterpret_cast<const uint4*>(mean[0] + d) : none;
+    p.mean.high[c] = mean[1] ? *reinterpret_cast<const uint4*>(mean[1] + d) : none;
   }
   return p;
 }
@@ -184,14 +185,14 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   if (shares) share_units(a, UnitTable(a));
   if (blockIdx.z == 1) return;
   const int groups = (static_cast<int>(a.ws.rows) + kRowGroup<Regs> - 1) / kRowGroup<Regs>;
-  const int head = blockIdx.x / groups, first_row = blockIdx.x % groups * kRowGroup<Regs>,
-            seq = blockIdx.y;
+  const int head = groups == 1 ? blockIdx.x : blockIdx.x / groups,
+            first_row = (blockIdx.x - head * groups) * kRowGroup<Regs>, seq = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
   const TileView v = tile_view(a, seq, 0, static_cast<int>(a.ws.rows));
   const bool exact = blockIdx.z == 0;
   // Rows that only fill a tile up get zeros.
-  const int last_tile = (v.rows + a.tile_rows - 1) / a.tile_rows * a.tile_rows;
+  const int last_tile = (v.rows + a.tile_rows - 1) & -a.tile_rows;  // a power of two
   const int rows_end = exact ? static_cast<int>(a.ws.rows) : last_tile;
   const int rows = min(rows_end - first_row, kRowGroup<Regs>);
   if (v.rows == 0 || rows <= 0) return;
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
       transform_row(a, read, lane, x);
 #pragma unroll
       for (int k = 0; k < Regs; ++k) x[k] *= a.softmax_scale * kLog2e;
-      facts.position = row / a.g.group;
+      facts.position = position_of(a, row);
       facts.first_page = v.begin(facts.position) / kPage;
       facts.open_page = v.open_from(facts.position);
     }
@@ -246,6 +247,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
     if (exact) write_fragments(a, seq_head, row, lane, x);
   }
   const auto clear_sums = [&] {
+#pragma unroll 1
     for (int r = lane; r < rows; r += 32) s.sums[warp][r] = {-INFINITY, 0.0f};
     __syncwarp();
   };
@@ -254,8 +256,11 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
   clear_sums();
   __syncthreads();
   if (exact) {
-    for (int64_t c = list.chunks; c < a.ws.page_chunks; ++c) {
-      for (int r = threadIdx.x; r < rows; r += 32 * Warps) floors[c * a.ws.rows + r] = -INFINITY;
+    const int page_chunks = static_cast<int>(a.ws.page_chunks);
+#pragma unroll 1
+    for (int c = list.chunks + warp; c < page_chunks; c += Warps) {
+#pragma unroll 1
+      for (int r = lane; r < rows; r += 32) floors[c * static_cast<int>(a.ws.rows) + r] = -INFINITY;
     }
     if (asked && real_rows > 0) {
       add_exact_pages(a, seq, head, (real_rows + 7) / 8, exact_of_warp, s);

@@ -53,7 +53,8 @@ __device__ inline uint32_t pack_bf16(float x, float y) {  // both are BF16 numbe
   return __float_as_uint(x) >> 16 | (__float_as_uint(y) & 0xffff0000u);
 }
 
-// 8 codes of E2M1. A code's bits where FP32 has the low bits of its exponent are its value * 2^-126.
+// 8 codes of E2M1. A code's bits where FP32 has the low bits of its exponent are its value *
+// 2^-126.
 __device__ inline uint4 expand_codes(uint32_t codes, float scale) {
   uint32_t out[4];
 #pragma unroll
@@ -155,7 +156,8 @@ __device__ inline void load_tokens(const SideGeometry& k, const ExactPage& x, co
     const uint8_t* at = x.rows + k.codes + token[h] * (16 * Regs) + 4 * j;
     const uint8_t* scale_at = x.rows + k.scales + token[h] * (2 * Regs);
 #pragma unroll
-    for (int c = 0; c < Regs; ++c) codes[h][c] = read_now(reinterpret_cast<const uint32_t*>(at + 16 * c));
+    for (int c = 0; c < Regs; ++c)
+      codes[h][c] = read_now(reinterpret_cast<const uint32_t*>(at + 16 * c));
 #pragma unroll
     for (int c = 0; c < Regs / 2; ++c)
       scales[h][c] = read_now(reinterpret_cast<const uint32_t*>(scale_at + 4 * c)) >> 8 * (j / 2);
@@ -180,8 +182,8 @@ __device__ inline void load_tokens(const SideGeometry& k, const ExactPage& x, co
   }
 }
 
-// Adds the exact pages to the warp's own sums, the first of its jobs being x. A function of its own,
-// so that the blocks that take other pages need no registers for it.
+// Adds the exact pages to the warp's own sums, the first of its jobs being x. A function of its
+// own, so that the blocks that take other pages need no registers for it.
 template <int Regs, int Warps>
 __device__ __noinline__ void add_exact_pages(const AttendArgs& a, int seq, int head, int tiles,
                                              ExactPage x, PrepareShared<Regs, Warps>& s) {

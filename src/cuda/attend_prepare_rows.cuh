@@ -115,7 +115,7 @@ __device__ inline void write_fragments(const AttendArgs& a, int64_t seq_head, in
       const int64_t step = n_tile * (kDim / 16) + 2 * w + (n & 1);
       nvfp4[(step * 32 + g * 4 + j) * 4 + (n >> 1 & 1) * 2 + (n >> 2)] = h;
     }
-    {
+    if (a.g.k.kind == SideKind::fp8) {
       const int j = d / (kDim / 4), c = d % (kDim / 4) / 4, n = d % 4;
       const int64_t step = n_tile * (kDim / 16) + c;
       fp8[(step * 32 + g * 4 + j) * 4 + (n & 1) * 2 + (n >> 1)] = h;

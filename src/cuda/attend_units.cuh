@@ -1,7 +1,8 @@
 // How attend_planes shares the pages of a batch among its blocks. A unit of work is a split of one
 // sequence, KV head and tile of rows; units are about as large as each other and as many as blocks
-// take at a time, or a small multiple of that. One warp of attend_prepare decides it, from the
-// lengths on the device.
+// take at a time, or a small multiple of that. One block of attend_prepare decides it, from the
+// lengths on the device, and says when it has: attend_planes begins while attend_prepare still
+// runs.
 #pragma once
 
 #include "cuda/attend_args.cuh"

@@ -131,6 +131,31 @@ TEST(CudaPlanes, BatchInvariantResultsAreThoseOfOneAlone) {
   }
 }
 
+// The open page is shared by four warps, 16 tokens each: every way to begin or end within a share,
+// with and without a window that cuts it, beside pages that count twice, and without a floor.
+TEST(CudaPlanes, OpenPagesEndAnywhere) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t dim : {64, 128, 192, 256}) {
+    for (const int64_t held : {1, 2, 8, 15, 16, 17, 32, 33, 49, 63, 64}) {
+      CaseOptions o = options(held % 2 == 0 ? layered_policy(0.05, 0.01) : sealed_policy(64, 512),
+                              64 * 21 + held - 1);
+      o.shape = {.kv_heads = 2, .q_heads = held % 3 == 0 ? 6 : 16, .head_dim_k = dim,
+                 .head_dim_v = dim};
+      o.q_gain = 2.5f;
+      const std::string what = std::to_string(dim) + " dims, " + std::to_string(held) + " tokens";
+      DeviceCase({o}).check(what, kTightCuda);
+      for (const int64_t window : {5, 20, 60}) {
+        o.shape.window = window;
+        DeviceCase({o}).check(what + ", window " + std::to_string(window), kTightCuda);
+      }
+      o.shape.window = 0;
+      o.mode = AttendMode::prefill;
+      o.q_gain = 6.0f;
+      DeviceCase({o}).check(what + ", prefill", kTightCuda);
+    }
+  }
+}
+
 // Masses of 0.02 or so, thresholds well below and above.
 TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
   SKIP_WITHOUT_DEVICE();

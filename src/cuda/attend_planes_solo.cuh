@@ -113,7 +113,7 @@ class SoloWarp : PageScores<D, 1, SoloShared<D>> {
   __device__ void fetch(uint64_t* bar, uint8_t* to, const uint8_t* from, int bytes) {
     const StageCopy copy{bar, lane_};
     copy.begin(bytes);
-    copy.copy(to, 0, from, 0, bytes, 1);
+    copy.copy_once(to, from, bytes);
     copy.end();
   }
   __device__ void fetch_v(const uint8_t* from, int skipped, int bytes) {

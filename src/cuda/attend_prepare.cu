@@ -96,17 +96,17 @@ __device__ PageRows<Regs> load_pages(const AttendArgs& a, const TileView& v, con
     }
     if (open) continue;
     const PageMeta* meta = meta_of(slot, a.g, head);
-    p.norm_bound[h] = meta->k_mean_norm;
+    p.norm_bound[h] = read_once(&meta->k_mean_norm);
     static_assert(offsetof(PageMeta, k_scale) == 0 &&
                   offsetof(PageMeta, v_res_scale) == 3 * sizeof(float));
-    p.scale[h] = reinterpret_cast<const float*>(meta)[j];
+    p.scale[h] = read_once(reinterpret_cast<const float*>(meta) + j);
   }
   const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
   for (int c = 0; c < Regs; ++c) {
     const int d = 32 * c + 8 * j;
-    p.mean.low[c] = mean[0] ? *reinterpret_cast<const uint4*>(mean[0] + d) : none;
-    p.mean.high[c] = mean[1] ? *reinterpret_cast<const uint4*>(mean[1] + d) : none;
+    p.mean.low[c] = mean[0] ? read_once(reinterpret_cast<const uint4*>(mean[0] + d)) : none;
+    p.mean.high[c] = mean[1] ? read_once(reinterpret_cast<const uint4*>(mean[1] + d)) : none;
   }
   return p;
 }

@@ -105,6 +105,22 @@ __device__ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
   }
 }
 
+// What createpolicy gives for L2::evict_first, of all of it: for bytes that nobody reads again
+// soon, so that what else the L2 holds, code among it, stays there.
+inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+__device__ inline uint4 read_once(const uint4* from) {
+  uint4 x;
+  asm("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from), "l"(kEvictFirst));
+  return x;
+}
+__device__ inline float read_once(const float* from) {
+  float x;
+  asm("ld.global.L2::cache_hint.f32 %0, [%1], %2;" : "=f"(x) : "l"(from), "l"(kEvictFirst));
+  return x;
+}
+
 // The copies of one stage: begin(bytes), any number of copy(), end(). By the whole warp.
 struct StageCopy {
   uint64_t* bar;
@@ -154,6 +170,20 @@ struct StageCopy {
                    "l"(from + i / per * from_stride + i % per * 16)
                    : "memory");
     }
+#endif
+  }
+  // One piece, likewise.
+  __device__ void copy_once(uint8_t* to, const uint8_t* from, int bytes) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+          "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+          "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(kEvictFirst)
+          : "memory");
+    }
+#else
+    copy(to, 0, from, 0, bytes, 1);
 #endif
   }
   __device__ void end() const {

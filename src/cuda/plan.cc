@@ -108,13 +108,20 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
                             device.index, device.name, device.major, device.minor));
   }
   s->positions = std::min(limits.step_tokens, kMaxPositions);
-  const int64_t rows = s->positions * s->geometry.group;
+  int64_t rows = s->positions * s->geometry.group;
   s->multiprocessors = device.multiprocessors;
   s->planes = s->geometry.nvfp4_planes();
   s->split_rule = s->planes ? kPlanesSplits : kDecodeSplits;
   const bool by_position = s->geometry.budget != 0 && s->positions > 1;  // ItemWalk::kByPosition
   s->n_tiles = rows <= 8 && !by_position ? 1 : rows <= 16 || !s->planes || s->geometry.k.dim > 128 ? 2 : 4;
-  s->row_tiles = static_cast<int>((rows + 8 * s->n_tiles - 1) / (8 * s->n_tiles));
+  // A position decides for all of its heads, so tiles of a rule do not cut one where they can help it.
+  const bool decides = s->geometry.any_layered() && (s->geometry.promote < 1.0f || s->geometry.skip > 0.0f);
+  const int64_t tile = 8 * s->n_tiles, group = s->geometry.group;
+  if (decides && rows > tile && group <= tile && tile % group != 0) {
+    s->positions = tile / group;
+    rows = s->positions * group;
+  }
+  s->row_tiles = static_cast<int>((rows + tile - 1) / tile);
   // A page may be read sealed by some rows and open by others.
   s->splits = most_splits(limits.max_pages + 1, s->split_rule);
   if (s->planes && !limits.batch_invariant) s->splits = most_unit_splits(limits.max_pages + 1);

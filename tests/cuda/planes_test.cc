@@ -156,6 +156,29 @@ TEST(CudaPlanes, OpenPagesEndAnywhere) {
   }
 }
 
+// Groups of which a tile of rows holds no whole number: positions decide as one all the same.
+TEST(CudaPlanes, GroupsThatDoNotDivideATile) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  for (const int64_t dim : {128, 192}) {
+    for (const int64_t group : {3, 5, 6, 7, 12}) {
+      for (const int64_t queries : {2, 11, 16}) {
+        CaseOptions o = options(layered_policy(0.05, 0.02), 1500 + 64 * group + queries);
+        o.shape = {.kv_heads = 2, .q_heads = 2 * group, .head_dim_k = dim, .head_dim_v = dim};
+        o.queries = queries;
+        o.seed = static_cast<uint32_t>(10 * group + queries);
+        DeviceCase c({o});
+        const std::string what = "group " + std::to_string(group) + ", " + std::to_string(queries) +
+                                 " positions, head_dim " + std::to_string(dim);
+        c.check(what, kTightCuda);
+        c.check_rule(what, &promoted, &skipped);
+      }
+    }
+  }
+  EXPECT_GT(promoted, 5);
+  EXPECT_GT(skipped, 5);
+}
+
 // Masses of 0.02 or so, thresholds well below and above.
 TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
   SKIP_WITHOUT_DEVICE();

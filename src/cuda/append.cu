@@ -3,8 +3,8 @@
 // this file is compiled without FMA contraction (--fmad=false), divides by IEEE division or by what
 // equals it, and takes conversions from the header that the CPU takes them from.
 //
-// append_pages: a block a (sequence, page, KV head) of V, and of plain sides; a block a run of pages
-// of K, because a page's reference is the stored mean of the page before it, rounding included. A
+// append_pages: a block one or a few pages of a (sequence, KV head) of V, and of plain sides; a block a
+// run of pages of K, because a page's reference is the stored mean of the page before it, rounding included. A
 // run begins kWarmup pages early with no reference at all: what the reference was is forgotten by
 // a factor of three or more from page to page, since it only moves the rounding of 64 rows whose
 // mean is then rounded to BF16. append_repair compares the ends: where a run began with another
@@ -14,6 +14,7 @@
 
 #include "cuda/append_page.cuh"
 #include "cuda/checks.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/launch.h"
 
 namespace thriftattn::cuda {
@@ -23,6 +24,8 @@ namespace {
 // after each that follows: one of 10^5 here. With a mean, its rounding to BF16 forgets sooner.
 constexpr int kWarmup = 10;
 constexpr int kMaxRun = 16;
+// Pages of V that a block does, where that leaves blocks enough.
+constexpr int kMaxVPages = 4;
 
 template <int kDim>
 constexpr int kBlocksPerSm = kDim == 64 ? 4 : kDim == 128 ? 2 : 1;
@@ -59,6 +62,30 @@ __device__ void store_plain(const SideGeometry& side, const float (&x)[Regs], in
   for (int r = 0; r < Regs; ++r) row[4 + r * 32 + lane] = f32_to_e4m3(x[r] / scale);
 }
 
+// Rows of BF16 as they are, 16 bytes a thread and turn. `refused` gets the first token that is.
+template <int kDim>
+__device__ void copy_rows(const uint8_t* from, int64_t stride, int64_t begin, int64_t end, float limit,
+                          uint8_t* rows, int* refused) {
+  constexpr int kChunks = kDim / 8, kThreads = PageShape<kDim>::kThreads;
+  constexpr int kTurns = kPageTokens * kChunks / kThreads;
+  const int chunks = static_cast<int>(end - begin) * kChunks;
+  uint4 x[kTurns];
+#pragma unroll
+  for (int n = 0; n < kTurns; ++n) {
+    const int i = threadIdx.x + n * kThreads;
+    if (i < chunks) x[n] = *reinterpret_cast<const uint4*>(from + i / kChunks * stride + i % kChunks * 16);
+  }
+#pragma unroll
+  for (int n = 0; n < kTurns; ++n) {
+    const int i = threadIdx.x + n * kThreads;
+    if (i >= chunks) continue;
+    const uint32_t words[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
+    if (!(largest_bf16(words) <= limit)) atomicMin(refused, static_cast<int>(begin) + i / kChunks);
+    const auto row = static_cast<int>((begin + i / kChunks) % kPageTokens);
+    *reinterpret_cast<uint4*>(rows + row * (2 * kDim) + i % kChunks * 16) = x[n];
+  }
+}
+
 // The step's tokens of one page of a plain side, a warp a token.
 template <int kDim>
 __device__ void plain_page(const AppendArgs& a, int side_index, int head, int seq, int64_t index) {
@@ -78,7 +105,12 @@ __device__ void plain_page(const AppendArgs& a, int side_index, int head, int se
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t begin = max(first_token, page * kPageTokens);
   const int64_t end = min(t.length, (page + 1) * kPageTokens);
-  for (int64_t token = begin + warp; token < end; token += kWarps) {
+  const auto* bytes = static_cast<const uint8_t*>(from) +
+                      ((t.first_row + begin - first_token) * stride + head * kDim) * 2;
+  const bool copies = side.kind == SideKind::bf16 && a.call.element == Element::bf16 &&
+                      ((reinterpret_cast<uint64_t>(bytes) | static_cast<uint64_t>(2 * stride)) & 15) == 0;
+  if (copies) copy_rows<kDim>(bytes, 2 * stride, begin, end, side.range_max, rows, &refused);
+  for (int64_t token = copies ? end : begin + warp; token < end; token += kWarps) {
     const int64_t at = (t.first_row + token - first_token) * stride + head * kDim;
     float x[kRegs];
     bool over = false;
@@ -94,38 +126,47 @@ __device__ void plain_page(const AppendArgs& a, int side_index, int head, int se
   if (threadIdx.x == 0 && refused != INT32_MAX) report(a.call.status, side_index, seq, head, refused);
 }
 
-// kGroups: for layers with a side in groups of 32 (append_groups.cuh).
-template <int kDim, bool kGroups>
-__global__ void __launch_bounds__(PageShape<kDim>::kThreads, kBlocksPerSm<kDim>)
-    append_pages(const __grid_constant__ AppendArgs a) {
-  __shared__ PageShared<kDim> shared;
-  const int head = blockIdx.x % a.g.kv_heads, seq = blockIdx.y;
-  const int unit = blockIdx.x / a.g.kv_heads;
-  const int side = unit < a.k_units ? 0 : 1;
-  const int index = side == 0 ? unit : unit - a.k_units;
-  if (!(side == 0 ? a.g.k : a.g.v).layered()) return plain_page<kDim>(a, side, head, seq, index);
-
-  PageEncoder<kDim> encoder(a, shared, side, head, seq);
+// Pages of one block: a run of K, or some of V.
+template <int kDim, bool kGroups, bool kIsK>
+__device__ void layered_pages(const AppendArgs& a, PageShared<kDim>& shared, int head, int seq, int index) {
+  PageEncoder<kDim, kIsK> encoder(a, shared, head, seq);
   if (encoder.tables().step <= 0) return;
   const int pages = encoder.pages(), first = encoder.first_page();
-  const int length = side == 0 ? run_pages(pages, a.runs) : 1;
+  const int length = kIsK ? run_pages(pages, a.runs) : a.v_pages;
   const int begin = index * length, end = min(begin + length, pages);
   if (begin >= pages) return;
-  encoder.begin();
-  int page = begin;
-  if (side == 0) {
-    // Without centring every reference behind the first is zero.
-    if (a.g.center) page = max(begin - kWarmup, 0);
+  // Without centring every reference behind the first is zero.
+  int page = kIsK && a.g.center ? max(begin - kWarmup, 0) : begin;
+  encoder.prefetch(first + page);
+  encoder.begin(first + end - 1);
+  if constexpr (kIsK) {
     if (page == 0) {
       encoder.load_reference(first);
     } else {
       encoder.zero_reference();
     }
+    for (; page < begin; ++page) encoder.reference_page(first + page);
   }
   for (; page < end; ++page) {
-    const PageWork work = page < begin ? PageWork::reference_only : PageWork::whole;
-    if (!encoder.template page<kGroups>(first + page, work, page >= begin)) return;
+    // Pages of V know nothing of each other.
+    if (!encoder.template page<kGroups>(first + page, true) && kIsK) break;
   }
+  encoder.end();
+}
+
+// kGroups: for layers with a side in groups of 32 (append_groups.cuh).
+template <int kDim, bool kGroups>
+__global__ void __launch_bounds__(PageShape<kDim>::kThreads, kBlocksPerSm<kDim>)
+    append_pages(const __grid_constant__ AppendArgs a) {
+  __shared__ PageShared<kDim> shared;
+  if (a.repairs) let_next_kernel_start();
+  const int head = blockIdx.x % a.g.kv_heads, seq = blockIdx.y;
+  const int unit = blockIdx.x / a.g.kv_heads;
+  const int side = unit < a.k_units ? 0 : 1;
+  const int index = side == 0 ? unit : unit - a.k_units;
+  if (!(side == 0 ? a.g.k : a.g.v).layered()) return plain_page<kDim>(a, side, head, seq, index);
+  if (side == 0) return layered_pages<kDim, kGroups, true>(a, shared, head, seq, index);
+  layered_pages<kDim, kGroups, false>(a, shared, head, seq, index);
 }
 
 // Runs of K that began with a reference which the page before them does not have.
@@ -134,7 +175,8 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
     append_repair(const __grid_constant__ AppendArgs a) {
   constexpr int kVectors = kDim / 8;  // of a reference, 16 bytes each
   __shared__ PageShared<kDim> shared;
-  PageEncoder<kDim> encoder(a, shared, 0, blockIdx.x, blockIdx.y);
+  wait_for_previous_kernel();
+  PageEncoder<kDim, true> encoder(a, shared, blockIdx.x, blockIdx.y);
   if (encoder.tables().step <= 0) return;
   const int pages = encoder.pages(), first = encoder.first_page();
   const int length = run_pages(pages, a.runs);
@@ -154,12 +196,15 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
     }
     __syncthreads();
     int page = shared.least;
-    if (page == INT32_MAX) return;
-    if (!begun) encoder.begin();
+    if (page == INT32_MAX) {
+      if (begun) encoder.end();
+      return;
+    }
+    if (!begun) encoder.begin(-1);
     begun = true;
     for (int differs = 1; differs;) {
       encoder.load_reference(first + page);
-      if (!encoder.template page<kGroups>(first + page, PageWork::whole, false)) return;
+      if (!encoder.template page<kGroups>(first + page, false)) return encoder.end();
       ++page;
       differs = page < pages && threadIdx.x < kVectors &&
                 !encoder.reference_holds(first + page, threadIdx.x);
@@ -170,13 +215,12 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
 }
 
 template <int kDim, bool kGroups>
-void launch(const AppendArgs& args, const dim3& grid, bool repairs, Stream stream) {
+void launch(const AppendArgs& args, const dim3& grid, Stream stream) {
   append_pages<kDim, kGroups><<<grid, PageShape<kDim>::kThreads, 0, stream>>>(args);
   check_launch("append_pages");
-  if (!repairs) return;
-  const dim3 walks(args.g.kv_heads, grid.y);
-  append_repair<kDim, kGroups><<<walks, PageShape<kDim>::kThreads, 0, stream>>>(args);
-  check_launch("append_repair");
+  if (!args.repairs) return;
+  const LaunchShape walks{dim3(args.g.kv_heads, grid.y), dim3(PageShape<kDim>::kThreads), 0};
+  launch_after_previous(append_repair<kDim, kGroups>, walks, args, stream, "append_repair");
 }
 
 }  // namespace
@@ -187,11 +231,18 @@ void launch_append(const AttendPlan::State& plan, const AppendCall& call, Stream
   const int64_t pages = pages_touched(plan.limits);
   AppendArgs args{plan.geometry, plan.limits, call};
   args.rotation_factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  // Runs short enough that those of all heads and sequences fill the device once.
+  // Short runs: a block walks its run page by page, and the other blocks of an SM fill the gaps.
   args.runs = static_cast<int32_t>(
-      std::max<int64_t>(1, plan.multiprocessors / (g.kv_heads * plan.limits.batch)));
+      std::max<int64_t>(1, plan.multiprocessors * 3 / 2 / (g.kv_heads * plan.limits.batch)));
   args.v_units = static_cast<int32_t>(pages);
   args.k_units = args.v_units;
+  if (g.v.layered()) {
+    // Four rounds of blocks at least.
+    const int64_t all = pages * g.kv_heads * plan.limits.batch;
+    args.v_pages = static_cast<int32_t>(
+        std::clamp<int64_t>(all / (int64_t{8} * plan.multiprocessors), 1, kMaxVPages));
+    args.v_units = static_cast<int32_t>((pages + args.v_pages - 1) / args.v_pages);
+  }
   if (g.k.layered()) {
     args.k_units = static_cast<int32_t>(
         std::min(pages, std::max<int64_t>(args.runs, (pages + kMaxRun - 1) / kMaxRun)));
@@ -199,10 +250,10 @@ void launch_append(const AttendPlan::State& plan, const AppendCall& call, Stream
   const dim3 grid(static_cast<unsigned>(g.kv_heads * (args.k_units + args.v_units)),
                   static_cast<unsigned>(plan.limits.batch));
   // A run that begins within kWarmup pages of the step's first walks from there.
-  const bool repairs = g.k.layered() && g.center && pages > kWarmup + 1;
+  args.repairs = g.k.layered() && g.center && pages > kWarmup + 1;
   for_head_dim(g.k.dim, [&](auto dim) {
-    if (g.any_grouped()) return launch<dim.value, true>(args, grid, repairs, stream);
-    launch<dim.value, false>(args, grid, repairs, stream);
+    if (g.any_grouped()) return launch<dim.value, true>(args, grid, stream);
+    launch<dim.value, false>(args, grid, stream);
   });
 }
 

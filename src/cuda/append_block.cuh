@@ -13,10 +13,12 @@
 //   E2M1 rounding     y + M, minus M: the unit in the last place of y + M is the step of the grid,
 //                     1/2 below y = 2 and 1 from there on where M = 2^23 - 2, 2 where M = 2^24.
 //   the error         first by fused sums; by the tree of adjacent pairs only where the candidates
-//                     are closer than those sums are exact.
+//                     are closer than those sums are exact, and amax / 4 is one at all.
 #pragma once
 
 #include <cuda_fp16.h>
+
+#include <bit>
 
 #include "base/float_convert.h"
 #include "formats/nvfp4.h"
@@ -30,18 +32,29 @@ constexpr float kMagic = (0x1p23f - 2.0f) * kCodeUnit;
 constexpr float kMagicStep = (0x1p23f + 2.0f) * kCodeUnit;  // from kMagic to 2^24
 // Fused sums of 16 squares differ from the tree by less than this part.
 constexpr float kErrorSlack = 0x1p-17f;
+// From the fourth scale on a quotient stays below 7, and below 4.5 for the candidate amax / 4.
+constexpr uint32_t kLeastScale = 4;
 
 // Facts of an E4M3 scale, by its code: scale * 2^14, and what quotient() multiplies with; zeros for 0.
 struct ScaleFacts {
   float scale, inverse;
 };
 
-__device__ __forceinline__ ScaleFacts scale_facts(uint32_t code) {
+constexpr ScaleFacts scale_facts(uint32_t code) {
   if (code == 0 || code == 0x7f) return {0, 0};
   const float scale = e4m3_to_f32(static_cast<uint8_t>(code));
-  const float below = __uint_as_float(__float_as_uint(1.0f / scale) - 1);
+  const float below = std::bit_cast<float>(std::bit_cast<uint32_t>(1.0f / scale) - 1);
   return {scale / kCodeUnit, below * kCodeUnit};
 }
+struct ScaleTable {
+  ScaleFacts facts[128];
+};
+constexpr ScaleTable make_scale_table() {
+  ScaleTable table = {};
+  for (uint32_t code = 0; code < 128; ++code) table.facts[code] = scale_facts(code);
+  return table;
+}
+__device__ const ScaleTable kScaleTable = make_scale_table();
 
 // Division by one page scale. Scales below 2^-26 are used with their page times 2^100, so that a
 // remainder which underflows belongs to a quotient below 2^-75, whose square is zero.
@@ -90,6 +103,7 @@ __device__ __forceinline__ float nearest_code(float y) {
   const float magic = __fmaf_rn(from_4, kMagicStep, kMagic);
   return (y + magic) - magic;
 }
+
 // The same of y up to 4.5.
 __device__ __forceinline__ float nearest_code_to_4(float y) { return (y + kMagic) - kMagic; }
 
@@ -118,6 +132,22 @@ __device__ __forceinline__ float tree_error(const float (&t)[16], const float (&
   return tree_sum(e);
 }
 
+// The two candidates for a block whose largest t is `top`.
+struct BlockScales {
+  uint32_t pair;  // E4M3
+  float top4;
+
+  __device__ uint32_t six() const { return pair & 0xff; }
+  __device__ uint32_t four() const { return pair >> 8; }
+};
+__device__ __forceinline__ BlockScales block_scales(float top) {
+  constexpr float kSixth = 1.0f / 6.0f;
+  const float guess = top * kSixth;
+  const float top6 = __fmaf_rn(__fmaf_rn(-guess, 6.0f, top), kSixth, guess);
+  const float top4 = top * 0.25f;
+  return {e4m3_pair(top6, top4), top4};
+}
+
 // Eight codes, as FP16 values times 2^-14, to nibbles.
 __device__ __forceinline__ uint32_t pack_codes(const float* c) {
   uint32_t byte[2];  // upper bytes of the FP16s of even and of odd elements
@@ -139,15 +169,21 @@ struct EncodedBlock {
   uint32_t scale;
 };
 
-// Encodes x, whose largest magnitude is amax, and takes the decoded values off it. `keep(i, v)`
-// gets the decoded values 4 i to 4 i + 3.
-template <class Keep>
-__device__ __forceinline__ EncodedBlock encode_block(float (&x)[16], float amax,
-                                                     const PageDivisor& page,
-                                                     const ScaleFacts* facts, Keep keep) {
+// The rare blocks, out of line: pages of small scales, and blocks whose scale is one of the three
+// least. Step by step as search_block().
+struct ExactBlock {
+  float x[16];  // what the decoded values leave of it, then
+  float decoded[16];
+  EncodedBlock out;
+};
+
+inline __device__ __noinline__ void encode_block_exactly(ExactBlock& b, float amax,
+                                                         float page_scale,
+                                                         const ScaleFacts* facts) {
+  const PageDivisor page(page_scale);
   float t[16], six[16], four[16];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) t[i] = fabsf(x[i]);
+  for (int i = 0; i < 16; ++i) t[i] = fabsf(b.x[i]);
   if (page.small) {
     amax *= 0x1p100f;
 #pragma unroll
@@ -155,49 +191,77 @@ __device__ __forceinline__ EncodedBlock encode_block(float (&x)[16], float amax,
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) t[i] = page(t[i]);
-  const float top = page(amax);  // rounding is monotonous: the largest quotient
-  constexpr float kSixth = 1.0f / 6.0f;
-  const float guess = top * kSixth;
-  const float top6 = __fmaf_rn(__fmaf_rn(-guess, 6.0f, top), kSixth, guess);
-  const float top4 = top * 0.25f;
-  const uint32_t pair = e4m3_pair(top6, top4);
-  const ScaleFacts s6 = facts[pair & 0xff], s4 = facts[pair >> 8];
+  const BlockScales scales = block_scales(page(amax));  // rounding is monotonous
+  const ScaleFacts s6 = facts[scales.six()], s4 = facts[scales.four()];
 
 #pragma unroll
   for (int i = 0; i < 16; ++i) six[i] = nearest_code(quotient(t[i], s6));
 #pragma unroll
-  for (int i = 0; i < 16; ++i) four[i] = nearest_code_to_4(quotient(t[i], s4));
-  // Only the three smallest scales are rounded down so far that a quotient reaches 7, or 4.5.
-  if (__any_sync(0xffffffffu, (pair & 0xff) - 1u < 3u || (pair >> 8) - 1u < 3u)) {
+  for (int i = 0; i < 16; ++i) four[i] = nearest_code(quotient(t[i], s4));
+  // The three smallest scales are rounded down so far that a quotient reaches 7.
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      six[i] = fminf(six[i], 6.0f * kCodeUnit);
-      four[i] = nearest_code(quotient(t[i], s4));
-    }
-  }
-  float error6[2] = {0, 0}, error4[2] = {0, 0};
+  for (int i = 0; i < 16; ++i) six[i] = fminf(six[i], 6.0f * kCodeUnit);
+  const float e6 = tree_error(t, six, s6.scale), e4 = tree_error(t, four, s4.scale);
+  const bool takes_four = e4 < e6 && scales.top4 <= kScale4Limit;  // a tie takes amax / 6
+  const float scale = takes_four ? s4.scale : s6.scale;
+  const uint32_t sign = scale == 0.0f ? 0u : 0x80000000u;  // a zero scale has codes without signs
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
+    const float code = takes_four ? four[i] : six[i];
+    six[i] = __uint_as_float(__float_as_uint(code) | (__float_as_uint(b.x[i]) & sign));
+    b.decoded[i] = six[i] * scale * page_scale;
+    b.x[i] -= b.decoded[i];
+  }
+  b.out.scale = takes_four ? scales.four() : scales.six();
+  b.out.codes = {pack_codes(six), pack_codes(six + 8)};
+}
+
+// Encodes x, whose largest magnitude is amax, and takes the decoded values off it. `keep(i, v)`
+// gets the decoded values 4 i to 4 i + 3.
+template <class Keep>
+__device__ __forceinline__ EncodedBlock encode_block(float (&x)[16], float amax,
+                                                     const PageDivisor& page,
+                                                     const ScaleFacts* facts, Keep keep) {
+  const BlockScales scales = block_scales(page(amax));  // rounding is monotonous
+  if (page.small || scales.six() < kLeastScale) {
+    ExactBlock b;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) b.x[i] = x[i];
+    encode_block_exactly(b, amax, page.scale, facts);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = b.x[i];
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      keep(i / 4, make_float4(b.decoded[i], b.decoded[i + 1], b.decoded[i + 2], b.decoded[i + 3]));
+    }
+    return b.out;
+  }
+  const ScaleFacts s6 = facts[scales.six()], s4 = facts[scales.four()];
+  float t[16], six[16], four[16], error6[2] = {0, 0}, error4[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    t[i] = page(fabsf(x[i]));
+    six[i] = nearest_code(quotient(t[i], s6));
+    four[i] = nearest_code_to_4(quotient(t[i], s4));
     const float d6 = __fmaf_rn(-six[i], s6.scale, t[i]), d4 = __fmaf_rn(-four[i], s4.scale, t[i]);
     error6[i % 2] = __fmaf_rn(d6, d6, error6[i % 2]);
     error4[i % 2] = __fmaf_rn(d4, d4, error4[i % 2]);
   }
   float e6 = error6[0] + error6[1], e4 = error4[0] + error4[1];
-  if (fabsf(e6 - e4) <= kErrorSlack * e6) {
+  const bool both = scales.top4 <= kScale4Limit;
+  if (both && fabsf(e6 - e4) <= kErrorSlack * e6) {
     e6 = tree_error(t, six, s6.scale);
     e4 = tree_error(t, four, s4.scale);
   }
-  const bool takes_four = e4 < e6 && top4 <= kScale4Limit;  // a tie takes amax / 6
+  const bool takes_four = both && e4 < e6;  // a tie takes amax / 6
   const float scale = takes_four ? s4.scale : s6.scale;
-  const uint32_t sign = scale == 0.0f ? 0u : 0x80000000u;  // a zero scale has codes without signs
-
+  EncodedBlock out;
+  out.scale = takes_four ? scales.four() : scales.six();
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float code = takes_four ? four[i] : six[i];
-    six[i] = __uint_as_float(__float_as_uint(code) | (__float_as_uint(x[i]) & sign));
+    six[i] = __uint_as_float(__float_as_uint(code) | (__float_as_uint(x[i]) & 0x80000000u));
   }
-  EncodedBlock out;
-  out.scale = takes_four ? pair >> 8 : pair & 0xff;
   out.codes = {pack_codes(six), pack_codes(six + 8)};
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {

@@ -119,7 +119,7 @@ class AppendCase {
   void expect_same_bytes(const std::string& what, std::optional<Part> skip = {});
 
   cuda::AppendStatus status() { return to_host<cuda::AppendStatus>(status_, 1)[0]; }
-  // Replaces one value of the device's input.
+  // Replaces one value of the device's input, in FP32 or BF16.
   void poison(bool v, int64_t sequence, int64_t token, int64_t head, int64_t d, float value);
   int64_t page_slot(int64_t sequence, int64_t page) const {
     return pages_ - 1 - page + sequence * pages_;
@@ -199,7 +199,13 @@ AppendCase::AppendCase(const AppendOptions& o)
 
 void AppendCase::poison(bool v, int64_t sequence, int64_t token, int64_t head, int64_t d, float value) {
   auto& bytes = (v ? v_bytes_ : k_bytes_)[static_cast<size_t>(sequence)];
-  std::memcpy(&bytes[static_cast<size_t>(4 * ((token * kv_ + head) * dim_ + d))], &value, 4);
+  const auto at = static_cast<size_t>((token * kv_ + head) * dim_ + d);
+  if (o_.element == cuda::Element::f32) {
+    std::memcpy(&bytes[4 * at], &value, 4);
+  } else {
+    const uint16_t narrow = f32_to_bf16(value);
+    std::memcpy(&bytes[2 * at], &narrow, 2);
+  }
 }
 
 void AppendCase::device_round(size_t round, const std::vector<int64_t>& done) {
@@ -503,38 +509,71 @@ TEST(CudaAppend, ByteEqualOverRaggedBatches) {
   }
 }
 
+// One value of one page of K or V is refused, in a step of `pages` pages.
+void expect_refused(bool v, int64_t pages, float value) {
+  AppendOptions o = base_options();
+  // The page is behind those of K that the test compares: what is behind it has no reference.
+  o.sequences = {{70}, {64 * pages}};
+  AppendCase c(o);
+  const int64_t page = v ? 3 : pages - 1;
+  c.poison(v, 1, page * 64 + 41, 1, 77, value);
+  c.poison(v, 1, page * 64 + 60, 1, 3, value);
+  c.run();
+  const cuda::AppendStatus status = c.status();
+  EXPECT_EQ(status.failed, 1);
+  EXPECT_EQ(status.side, v ? 1 : 0);
+  EXPECT_EQ(status.sequence, 1);
+  EXPECT_EQ(status.kv_head, 1);
+  EXPECT_EQ(status.token, page * 64 + 41);
+  EXPECT_THROW(cuda::throw_if_failed(status, 0, o.policy), Error);
+  // Not sealed: codes and scales of the page as they were. All else as the CPU has it.
+  const PageLayout layout = make_page_layout(o.shape, o.policy);
+  const auto slots = c.slots();
+  const auto& side = v ? layout.v : layout.k;
+  const int64_t start = c.page_slot(1, page) * layout.slot_bytes + (v ? 3 * layout.k.head_bytes : 0) +
+                        side.head_bytes;
+  for (int64_t i = 0; i < side.mean + 2 * side.dim; ++i) {
+    ASSERT_EQ(slots[static_cast<size_t>(start + i)], 0) << "byte " << i;
+  }
+  c.expect_same_bytes(v ? "V" : "K", AppendCase::Part{1, page, 1, v});
+}
+
 TEST(CudaAppend, OneFailingPageAmongMany) {
   SKIP_WITHOUT_DEVICE();
-  for (const bool v : {false, true}) {
-    for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
-                              -0x1.8p127f}) {
-      AppendOptions o = base_options();
-      // The page is behind those of K that the test compares: what is behind it has no reference.
-      o.sequences = {{70}, {64 * 6}};
-      AppendCase c(o);
-      const int64_t page = v ? 3 : 5;
-      c.poison(v, 1, page * 64 + 41, 1, 77, value);
-      c.poison(v, 1, page * 64 + 60, 1, 3, value);
-      c.run();
-      const cuda::AppendStatus status = c.status();
-      EXPECT_EQ(status.failed, 1);
-      EXPECT_EQ(status.side, v ? 1 : 0);
-      EXPECT_EQ(status.sequence, 1);
-      EXPECT_EQ(status.kv_head, 1);
-      EXPECT_EQ(status.token, page * 64 + 41);
-      EXPECT_THROW(cuda::throw_if_failed(status, 0, o.policy), Error);
-      // Not sealed: codes and scales of the page as they were. All else as the CPU has it.
-      const PageLayout layout = make_page_layout(o.shape, o.policy);
-      const auto slots = c.slots();
-      const auto& side = v ? layout.v : layout.k;
-      const int64_t start = c.page_slot(1, page) * layout.slot_bytes + (v ? 3 * layout.k.head_bytes : 0) +
-                            side.head_bytes;
-      for (int64_t i = 0; i < side.mean + 2 * side.dim; ++i) {
-        ASSERT_EQ(slots[static_cast<size_t>(start + i)], 0) << "byte " << i;
-      }
-      c.expect_same_bytes(v ? "V" : "K", AppendCase::Part{1, page, 1, v});
+  // Without append_repair and with it.
+  for (const int64_t pages : {6, 14}) {
+    for (const bool v : {false, true}) {
+      expect_refused(v, pages, std::numeric_limits<float>::quiet_NaN());
+      expect_refused(v, pages, std::numeric_limits<float>::infinity());
+      expect_refused(v, pages, -0x1.8p127f);
     }
   }
+}
+
+// BF16 rows of a plain cache, which are copied.
+TEST(CudaAppend, PlainRowsAsTheyCome) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t dim : {64, 128, 192, 256}) {
+    AppendOptions o = base_options();
+    o.policy = plain_policy(Format::bf16);
+    o.shape.head_dim_k = o.shape.head_dim_v = dim;
+    o.element = cuda::Element::bf16;
+    o.sequences = {{100, 1, 27, 64, 1, 130, 5}, {3, 0, 200}};
+    expect_same_bytes(o, "head_dim " + std::to_string(dim));
+  }
+  AppendOptions o = base_options();
+  o.policy = plain_policy(Format::bf16);
+  o.element = cuda::Element::bf16;
+  o.sequences = {{70}, {64 * 6}};
+  AppendCase c(o);
+  c.poison(true, 1, 64 + 41, 2, 127, -std::numeric_limits<float>::infinity());
+  c.poison(true, 1, 64 + 60, 2, 3, std::numeric_limits<float>::quiet_NaN());
+  c.run();
+  EXPECT_EQ(c.status().failed, 1);
+  EXPECT_EQ(c.status().side, 1);
+  EXPECT_EQ(c.status().sequence, 1);
+  EXPECT_EQ(c.status().kv_head, 2);
+  EXPECT_EQ(c.status().token, 64 + 41);
 }
 
 TEST(CudaAppend, NonFiniteInputIsReported) {

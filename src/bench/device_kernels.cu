@@ -152,16 +152,22 @@ void draw_rows(const DrawCall& call, cuda::Stream stream) {
 
 void launch_part(DecodePart part, const cuda::AttendPlan& plan, const cuda::AttendCall& call,
                  cuda::Stream stream) {
-  const cuda::AttendArgs args = cuda::make_attend_args(plan.state(), call);
-  switch (part) {
-    case DecodePart::prepare:
-      cuda::launch_prepare(args, stream);
-      if (args.g.budget != 0) cuda::launch_select(args, stream);
-      return;
-    case DecodePart::walk:
-      return cuda::launch_walk(plan.state(), args, stream);
-    case DecodePart::merge:
-      return cuda::launch_merge(args, stream);
+  cuda::AttendArgs args = cuda::make_attend_args(plan.state(), call);
+  const int64_t tokens = args.limits.step_tokens, each = args.positions;
+  for (args.first_q = 0; args.first_q < tokens; args.first_q += each) {  // the passes of launch_attend()
+    args.positions = static_cast<int32_t>(std::min(each, tokens - args.first_q));
+    switch (part) {
+      case DecodePart::prepare:
+        cuda::launch_prepare(args, stream);
+        if (args.g.budget != 0) cuda::launch_select(args, stream);
+        break;
+      case DecodePart::walk:
+        cuda::launch_walk(plan.state(), args, stream);
+        break;
+      case DecodePart::merge:
+        cuda::launch_merge(args, stream);
+        break;
+    }
   }
 }
 

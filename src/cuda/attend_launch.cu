@@ -33,7 +33,8 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.log2_promote =
       a.g.promote < 1 ? std::log2(a.g.promote) : INFINITY;  // never, whatever the floor
   a.log2_skip = a.g.skip > 0 ? std::log2(a.g.skip) : -INFINITY;
-  a.positions = static_cast<int32_t>(plan.positions);
+  a.positions = static_cast<int32_t>(a.prefill ? plan.positions : plan.rule_positions);
+  if (a.positions < plan.positions) a.row_tiles = 1;
   return a;
 }
 
@@ -74,9 +75,10 @@ void launch_attend(const AttendPlan::State& plan, const AttendCall& call, Stream
     }
     return;
   }
-  for (int64_t first = 0; first < plan.limits.step_tokens; first += plan.positions) {
+  const int64_t each = a.positions;
+  for (int64_t first = 0; first < plan.limits.step_tokens; first += each) {
     a.first_q = first;
-    a.positions = static_cast<int32_t>(std::min(plan.positions, plan.limits.step_tokens - first));
+    a.positions = static_cast<int32_t>(std::min(each, plan.limits.step_tokens - first));
     launch_prepare(a, stream);
     if (a.g.budget != 0 && a.prefill == 0) launch_select(a, stream);
     launch_walk(plan, a, stream);

@@ -46,7 +46,13 @@ __device__ float rotate_back(float x, int d, int dim, float factor,
 __global__ void __launch_bounds__(64 * kMergeGroups)
     attend_merge(const __grid_constant__ AttendArgs a) {
   __shared__ float values[kMergeGroups][256];
-  // attend_planes lets this start when its units are there; lengths and tables are older.
+  // attend_planes lets this start when its units are there; lengths and tables are older. Asked for in
+  // a way that finds what was written last, not what an earlier launch has left in the L1.
+  if (a.slots > 0) {
+    wait_for_units(UnitTable(a));
+  } else {
+    wait_for_previous_kernel();
+  }
   const int dim = a.g.v.dim, quads = dim / 4;
   const int seq = blockIdx.z, head = blockIdx.y, row = blockIdx.x;
   const int lane = threadIdx.x % 32;

@@ -132,7 +132,10 @@ class PageScores : protected ItemWalk<D, NT> {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2)
         top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], step));
-      const float up = fresh_ ? top[c] - 8.0f : fmaxf(0.0f, top[c] - 8.0f);
+      float up = fresh_ ? top[c] - 8.0f : fmaxf(0.0f, top[c] - 8.0f);
+      // References of 2^27 and more take no smaller step, and who calls this comes back until scores fit.
+      if (up > 0) up = fmaxf(up, fabsf(s_.page.reference[column_row(c)]) * 0x1p-22f);
+      __syncwarp();
       if (!fresh_) l_[c] *= exp2_approx(-up);
       if (g_ == 0) {
         s_.page.reference[column_row(c)] += up;
@@ -237,7 +240,7 @@ class PageScores : protected ItemWalk<D, NT> {
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         sum[c] = sums[c / 2][c & 1];
-        over |= !(sum[c] <= 65504.0f);
+        over |= sum[c] > 65504.0f;  // NaN, of queries that are, stays
       }
       if (!__any_sync(~0u, over)) return;
       measure = true;

@@ -108,7 +108,7 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
                             device.index, device.name, device.major, device.minor));
   }
   s->positions = std::min(limits.step_tokens, kMaxPositions);
-  int64_t rows = s->positions * s->geometry.group;
+  const int64_t rows = s->positions * s->geometry.group;
   s->multiprocessors = device.multiprocessors;
   s->planes = s->geometry.nvfp4_planes();
   s->split_rule = s->planes ? kPlanesSplits : kDecodeSplits;
@@ -117,10 +117,8 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   // A position decides for all of its heads, so tiles of a rule do not cut one where they can help it.
   const bool decides = s->geometry.any_layered() && (s->geometry.promote < 1.0f || s->geometry.skip > 0.0f);
   const int64_t tile = 8 * s->n_tiles, group = s->geometry.group;
-  if (decides && rows > tile && group <= tile && tile % group != 0) {
-    s->positions = tile / group;
-    rows = s->positions * group;
-  }
+  s->rule_positions = s->positions;
+  if (decides && rows > tile && group <= tile && tile % group != 0) s->rule_positions = tile / group;
   s->row_tiles = static_cast<int>((rows + tile - 1) / tile);
   // A page may be read sealed by some rows and open by others.
   s->splits = most_splits(limits.max_pages + 1, s->split_rule);
@@ -182,7 +180,7 @@ std::string AttendPlan::explain() const {
   }
   return fmt::format("attend_prefill: {}, tile of {} query rows x {} tokens, {} stages{}, {}; {}: {}, passes of {} positions",
                      s.major == 9 ? "wgmma" : "mma.sync", kPrefillRows, kPageTokens, s.prefill_stages,
-                     of_f32, pages, when, decode, s.positions);
+                     of_f32, pages, when, decode, s.rule_positions);
 }
 
 }  // namespace thriftattn::cuda

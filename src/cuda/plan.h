@@ -110,6 +110,7 @@ struct AttendPlan::State {
   int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1, 2 or 4
   int row_tiles = 1;    // blocks over the rows of a (sequence, KV head)
   int64_t positions = 1;  // query positions of one pass: min(step_tokens, 16)
+  int64_t rule_positions = 1;  // of decode mode: fewer, in one tile, where tiles would cut positions
   int64_t splits = 1;
   int prefill_stages = 0;  // of attend_prefill; 0: it is not used
   // (Sequence, KV head)s of a pass of attend_prefill whose tiles are made before it, with one tile of K
@@ -131,7 +132,7 @@ struct alignas(16) PageFacts {
 
 // Items a warp walks are noted in 32 words of 32 bits.
 inline constexpr int kWarps = 4;
-inline constexpr int64_t kMaxPages = int64_t{kDecodeSplits.max_splits} * kWarps * 1024 - 2;
+inline constexpr int64_t kMaxPages = int64_t{kDecodeSplits.max_splits} * kWarps * 1024 - 2 - kPlanesSplits.open_items;
 
 // Pages whose keys attend_select has in shared memory.
 inline constexpr int64_t kHeldKeys = 4096;

@@ -157,10 +157,8 @@ TEST(CudaAttend, SlotsBeyond2To31Bytes) {
 }
 
 #ifdef THRIFTATTN_WITH_CUDA
-TEST(CudaAttend, GraphReplayFollowsTheLengths) {
-  SKIP_WITHOUT_DEVICE();
-  // Plain pages: any shorter length is a state of the same cache.
-  DeviceCase c({decode_options(plain_policy(Format::bf16), 700)});
+// The first of the lengths is the case's own.
+void replay_lengths(DeviceCase& c, std::vector<int32_t> lengths) {
   const auto longest = c.attend();
   cudaStream_t stream;
   cudaGraph_t graph;
@@ -170,7 +168,8 @@ TEST(CudaAttend, GraphReplayFollowsTheLengths) {
   cuda::attend(c.plan(), c.call(), stream);
   ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
   ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
-  for (const int32_t length : {701, 130, 64, 1, 701}) {
+  lengths.push_back(lengths.front());
+  for (const int32_t length : lengths) {
     c.lengths()[0] = length;
     cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, stream);
     ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
@@ -179,11 +178,27 @@ TEST(CudaAttend, GraphReplayFollowsTheLengths) {
     const auto direct = c.attend();
     ASSERT_EQ(std::memcmp(replayed.out.data(), direct.out.data(), direct.out.size() * 4), 0) << length;
     const bool same = std::memcmp(direct.out.data(), longest.out.data(), direct.out.size() * 4) == 0;
-    EXPECT_EQ(same, length == 701) << length;
+    EXPECT_EQ(same, length == lengths.front()) << length;
   }
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+TEST(CudaAttend, GraphReplayFollowsTheLengths) {
+  SKIP_WITHOUT_DEVICE();
+  // Plain pages: any shorter length is a state of the same cache.
+  DeviceCase plain({decode_options(plain_policy(Format::bf16), 700)});
+  replay_lengths(plain, {701, 130, 64, 1});
+  // Layered ones: where the open page is in the same slot, whatever it holds there. Splits and units change
+  // with the length, and there are fewer blocks than multiprocessors.
+  for (const LayerPolicy& policy : {layered_policy(0.05, 0.001), sealed_policy(64, 512)}) {
+    CaseOptions o = decode_options(policy, 12800);
+    o.shape.kv_heads = 1;
+    o.shape.q_heads = 4;
+    DeviceCase layered({o});
+    replay_lengths(layered, {12801, 10241, 1, 2561, 129});
+  }
 }
 #endif
 

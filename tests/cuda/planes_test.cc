@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cuda/device_case.h"
@@ -152,6 +153,30 @@ TEST(CudaPlanes, OpenPagesEndAnywhere) {
       o.mode = AttendMode::prefill;
       o.q_gain = 6.0f;
       DeviceCase({o}).check(what + ", prefill", kTightCuda);
+    }
+  }
+}
+
+// A query head that is not a number, or whose scores FP32 cannot tell apart, spoils its own output and
+// nothing else, and the kernel ends.
+TEST(CudaPlanes, QueriesBeyondReason) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(0.05, 0.01), sealed_policy(64, 512)}) {
+    for (const int64_t queries : {1, 3}) {
+      for (const float value : {NAN, INFINITY, 1e9f, 1e30f, 3e38f}) {
+        CaseOptions o = options(policy, 1500);
+        o.queries = queries;
+        DeviceCase c({o});
+        const int64_t dim = c.shape().head_dim_k;
+        auto* head = static_cast<float*>(const_cast<void*>(c.call().q)) + dim;
+        const std::vector<float> values(static_cast<size_t>(dim), value);
+        cuda::copy_to_device(head, values.data(), dim * 4, nullptr);
+        const auto got = c.attend();
+        for (size_t i = 0; i < got.out.size(); ++i) {
+          if (static_cast<int64_t>(i) / dim != 1) ASSERT_TRUE(std::isfinite(got.out[i])) << value;
+        }
+        if (std::isnan(value)) EXPECT_TRUE(std::isnan(got.out[static_cast<size_t>(dim)]));
+      }
     }
   }
 }

@@ -120,6 +120,12 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
   s->rule_positions = s->positions;
   if (decides && rows > tile && group <= tile && tile % group != 0) s->rule_positions = tile / group;
   s->row_tiles = static_cast<int>((rows + tile - 1) / tile);
+  if (!s->planes && !limits.batch_invariant) {
+    // A few (sequence, KV head)s alone must occupy the device too.
+    const int64_t across = limits.batch * shape.kv_heads * s->row_tiles;
+    s->split_rule.few_splits = static_cast<int32_t>(
+        std::clamp<int64_t>(kDecodeBlocks * s->multiprocessors / across, 1, s->split_rule.max_splits));
+  }
   // A page may be read sealed by some rows and open by others.
   s->splits = most_splits(limits.max_pages + 1, s->split_rule);
   if (s->planes && !limits.batch_invariant) s->splits = most_unit_splits(limits.max_pages + 1);
@@ -134,13 +140,6 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
            .most_bytes = limits.tile_bytes,
            .multiprocessors = s->multiprocessors});
     }
-  }
-  if (!s->planes && !limits.batch_invariant) {
-    // A few (sequence, KV head)s alone must occupy the device too.
-    const int64_t across = limits.batch * shape.kv_heads * s->row_tiles;
-    s->split_rule.few_splits = static_cast<int32_t>(
-        std::clamp<int64_t>(kDecodeBlocks * s->multiprocessors / across, 1, s->split_rule.max_splits));
-    s->splits = most_splits(limits.max_pages + 1, s->split_rule);
   }
   if (s->planes) s->slots = s->multiprocessors * planes_blocks(s->geometry.k.dim, s->n_tiles);
   s->workspace = lay_out(*s);

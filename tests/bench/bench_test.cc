@@ -45,39 +45,67 @@ TEST(Statistics, OfFewSamples) {
   EXPECT_EQ(median_difference(std::vector<double>{6, 2, 1}, std::vector<double>{5, 1, 9}), 1.0);
 }
 
+// Calls `f` on `count` threads of the current arena: no thread leaves before all have come.
+template <class F>
+void on_threads(size_t count, const F& f) {
+  std::mutex mutex;
+  std::set<std::thread::id> come;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  tbb::parallel_for(size_t{0}, 4 * count, [&](size_t) {
+    size_t seen = 0;
+    while (seen < count && std::chrono::steady_clock::now() < deadline) {
+      {
+        const std::lock_guard lock(mutex);
+        f();
+        come.insert(std::this_thread::get_id());
+        seen = come.size();
+      }
+      std::this_thread::yield();
+    }
+  });
+  EXPECT_EQ(come.size(), count);
+}
+
+cpu_set_t affinity() {
+  cpu_set_t mine;
+  sched_getaffinity(0, sizeof mine, &mine);
+  return mine;
+}
+
 TEST(PinnedThreads, EachOnItsOwnCore) {
-  cpu_set_t before, after;
-  sched_getaffinity(0, sizeof before, &before);
+  const cpu_set_t before = affinity();
   PinnedThreads threads(0);
   EXPECT_EQ(threads.count(), static_cast<int>(distinct_cores().size()));
-  std::mutex mutex;
   std::map<std::thread::id, int> cpus;
-  const auto count = static_cast<size_t>(threads.count());
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   threads.run([&] {
-    // No thread leaves before all have come.
-    tbb::parallel_for(size_t{0}, 4 * count, [&](size_t) {
-      cpu_set_t mine;
-      sched_getaffinity(0, sizeof mine, &mine);
-      size_t seen = 0;
-      while (seen < count && std::chrono::steady_clock::now() < deadline) {
-        {
-          const std::lock_guard lock(mutex);
-          EXPECT_EQ(CPU_COUNT(&mine), 1);
-          cpus[std::this_thread::get_id()] = sched_getcpu();
-          seen = cpus.size();
-        }
-        std::this_thread::yield();
-      }
+    on_threads(static_cast<size_t>(threads.count()), [&] {
+      const cpu_set_t mine = affinity();
+      EXPECT_EQ(CPU_COUNT(&mine), 1);
+      cpus[std::this_thread::get_id()] = sched_getcpu();
     });
   });
-  EXPECT_EQ(cpus.size(), count);
   std::set<int> all;
   for (const auto& [id, cpu] : cpus) all.insert(cpu);
   EXPECT_EQ(all.size(), cpus.size());  // no core twice
-  sched_getaffinity(0, sizeof after, &after);
+  const cpu_set_t after = affinity();
   EXPECT_TRUE(CPU_EQUAL(&before, &after));  // given back
   EXPECT_THROW(PinnedThreads(100000), Error);
+}
+
+// Its threads may run anywhere again when it is gone: oneTBB lends them to the next arena.
+TEST(PinnedThreads, LeavesNoThreadPinned) {
+  const cpu_set_t before = affinity();
+  const size_t count = distinct_cores().size();
+  for (int round = 0; round < 20; ++round) {
+    {
+      PinnedThreads threads(0);
+      threads.run([&] { on_threads(count, [] {}); });
+    }
+    on_threads(count, [&] {
+      const cpu_set_t mine = affinity();
+      EXPECT_TRUE(CPU_EQUAL(&before, &mine));
+    });
+  }
 }
 
 TEST(PeakMeter, MeasuresSomethingPossible) {

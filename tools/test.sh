@@ -36,7 +36,8 @@ run_tests() {
     grep -aE '[*]{3}|: Failure$|runtime error:|Sanitizer:|does not exist$' "build/$1/tests.log" |
       head -n 60
     while read -r name; do failures+=("$1: $name"); done < <(
-      sed -nE 's/^[[:space:]]*[0-9]+ - (.*) \((Failed|Timeout|SEGFAULT|.*)\).*/\1/p' \
+      # Skipped ones are in a list of their own, before.
+      sed -nE '/^The following tests FAILED:/,$ s/^[[:space:]]*[0-9]+ - (.*) \([^()]*\).*/\1/p' \
         "build/$1/tests.log" | sort -u)
     [ "$bad" -gt 0 ] || bad=1
   fi

@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(PageShape<kDim>::kThreads, 1)
 
 template <int kDim, bool kGroups>
 void launch(const AppendArgs& args, const dim3& grid, Stream stream) {
-  append_pages<kDim, kGroups><<<grid, PageShape<kDim>::kThreads, 0, stream>>>(args);
-  check_launch("append_pages");
+  const dim3 block(PageShape<kDim>::kThreads);
+  launch_kernel(append_pages<kDim, kGroups>, {grid, block, 0}, stream, "append_pages", args);
   if (!args.repairs) return;
-  const LaunchShape walks{dim3(args.g.kv_heads, grid.y), dim3(PageShape<kDim>::kThreads), 0};
+  const LaunchShape walks{dim3(args.g.kv_heads, grid.y), block, 0};
   launch_after_previous(append_repair<kDim, kGroups>, walks, args, stream, "append_repair");
 }
 

@@ -21,6 +21,7 @@
 #include <bit>
 
 #include "base/float_convert.h"
+#include "cuda/ptx.cuh"
 #include "formats/nvfp4.h"
 
 namespace thriftattn::cuda {
@@ -84,10 +85,8 @@ __device__ __forceinline__ float page_scale_of(float amax) {
 
 // E4M3 codes of two values, saturating: low in bits 0 to 7, high in 8 to 15.
 __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
-  return codes;
+#ifdef THRIFTATTN_SM89
+  return convert_e4m3(low, high);
 #else
   return f32_to_e4m3(low) | static_cast<uint32_t>(f32_to_e4m3(high)) << 8;
 #endif

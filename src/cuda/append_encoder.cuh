@@ -145,8 +145,8 @@ class PageEncoder {
     const int token = page * kTokens + 2 * pair_;
     if (token < first_token() || token + 1 >= length()) return;
     const uint8_t* from = input_ + int64_t{page} * kTokens * stride_;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + stride_));
+    prefetch_l2(from);
+    prefetch_l2(from + stride_);
   }
 
   // Does one page; of K, shared memory then has the reference of the page behind it. False where a

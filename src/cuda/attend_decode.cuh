@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
                                                : D <= 128          ? 2
                                                                    : 1)
     attend_decode(const __grid_constant__ AttendArgs a) {
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 128);
   using Shared = BlockShared<D, NT, kGroups>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int split = blockIdx.y, seq = blockIdx.z;
@@ -158,9 +158,7 @@ template <int D, int NT, bool kGroups>
 void launch_decode_tile(const AttendArgs& a, cudaStream_t stream) {
   const char* name = kGroups ? "attend_groups" : "attend_decode";
   const int bytes = static_cast<int>(sizeof(BlockShared<D, NT, kGroups>));
-  check(cudaFuncSetAttribute(attend_decode<D, NT, kGroups>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        name);
+  allow_shared(attend_decode<D, NT, kGroups>, bytes, name);
   const dim3 grid(a.g.kv_heads * a.row_tiles, a.splits, static_cast<unsigned>(a.limits.batch));
   launch_after_previous(attend_decode<D, NT, kGroups>,
                         {grid, dim3(32 * kWarps), static_cast<size_t>(bytes)}, a, stream, name);

@@ -62,8 +62,7 @@ class ItemWalk {
   __device__ ItemWalk(const AttendArgs& a, const TileRows<NT>& rows, int head, int tile, int seq,
                       const WalkPart& p)
       : a_(a), v_(rows.view), b_(rows), tile_(tile), head_(head), seq_(seq) {
-    // Read so that it stays in a register instead of being read again in every loop.
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
+    lane_ = lane_in_register();
     g_ = lane_ / 4;
     j_ = lane_ % 4;
     const int splits = max(1, p.splits);  // no items: one split of none

@@ -40,7 +40,7 @@ __device__ inline int64_t unit_row(const AttendArgs& a, const Unit& u) {
 template <int D>
 __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
     attend_planes_solo(const __grid_constant__ AttendArgs a) {
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 128);
   SolosShared<D>& shared = *reinterpret_cast<SolosShared<D>*>(shared_bytes);
   const int way = threadIdx.x / 32, lane = threadIdx.x % 32;
   SoloShared<D>& s = shared.warp[way];
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(32 * kSoloWarps, kSoloBlocks<D>)
 template <int D, int NT>
 __global__ void __launch_bounds__(64 * kTeams, TeamShape<D, NT>::kBlocks)
     attend_planes_team(const __grid_constant__ AttendArgs a) {
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 128);
   TeamsShared<D, NT>& shared = *reinterpret_cast<TeamsShared<D, NT>*>(shared_bytes);
   const int warp = threadIdx.x / 32, team = warp % kTeams, lane = threadIdx.x % 32;
   TeamShared<D, NT>& s = shared.team[team];
@@ -137,8 +137,7 @@ struct PlanesShape {
 };
 inline void launch_planes_kernel(void (*kernel)(AttendArgs), const PlanesShape& shape,
                                  const AttendArgs& a, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes),
-        "attend_planes");
+  allow_shared(kernel, shape.bytes, "attend_planes");
   const int64_t units = int64_t{a.splits} * a.limits.batch * a.g.kv_heads * a.row_tiles;
   const int64_t blocks = std::min<int64_t>(units, a.slots);
   launch_after_previous(

@@ -20,8 +20,7 @@ struct OpenTokens {
 };
 
 __device__ inline void prefetch_rows(const uint8_t* rows, int bytes, int lane) {
-  for (int at = 128 * lane; at < bytes; at += 32 * 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + at));
+  for (int at = 128 * lane; at < bytes; at += 32 * 128) prefetch_l2(rows + at);
 }
 
 // Scores of 16 rows of BF16 in device memory, in mma's layout: rows as token_of_row() has them.

@@ -32,13 +32,13 @@ namespace thriftattn::cuda {
 template <int kFillers>
 __device__ inline void set_registers_of_filler() {
 #ifdef THRIFTATTN_WGMMA
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFillers == 2 ? 96 : 88));
+  registers_down<kFillers == 2 ? 96 : 88>();
 #endif
 }
 template <int kFillers>
 __device__ inline void set_registers_of_attenders() {
 #ifdef THRIFTATTN_WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kFillers == 2 ? 160 : 208));
+  registers_up<kFillers == 2 ? 160 : 208>();
 #endif
 }
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D, kMade>()), 
   constexpr bool kServed = D <= 128 && !kMade;  // prefill_stages()
 #endif
   if constexpr (kServed) {
-    extern __shared__ __align__(1024) uint8_t shared_bytes[];
+    THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 1024);
     __shared__ TileView view;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -161,12 +161,10 @@ template <int D, bool kMade>
 void launch_prefill_as(const AttendArgs& a, cudaStream_t stream) {
   const auto kernel = attend_prefill<D, kMade>;
   const int bytes = prefill_shared_bytes(D, a.g.k.layered() || a.two_terms != 0, a.stages);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "attend_prefill");
-  // Its launch bounds, which depend on the device's code (prefill_fillers()).
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "attend_prefill");
-  const dim3 block(static_cast<unsigned>(attributes.maxThreadsPerBlock));
+  allow_shared(kernel, bytes, "attend_prefill");
+  // They depend on the device's code (prefill_fillers()).
+  const dim3 block(static_cast<unsigned>(
+      launch_bounds_of(kernel, prefill_threads(prefill_fillers<D, kMade>()), "attend_prefill")));
   const dim3 grid(static_cast<unsigned>(int64_t{a.row_tiles} * a.pass_heads));
   launch_after_previous(kernel, {grid, block, static_cast<size_t>(bytes)}, a, stream,
                         "attend_prefill");

@@ -167,7 +167,7 @@ __device__ void PrefillBatches<D, kKeys>::begin() const {
   fetch_facts(1);
   copies_commit();
   copies_wait(1);
-  filler_barrier(kKeys ? 1 : 2);
+  warpgroup_barrier_sync(kKeys ? 1 : 2);
   if (kKeys && a_.g.k.layered()) fetch_means(0);
 }
 
@@ -175,7 +175,7 @@ __device__ void PrefillBatches<D, kKeys>::begin() const {
 // and K's means of this one, are there for all.
 template <int D, bool kKeys>
 __device__ void PrefillBatches<D, kKeys>::begin_batch(int batch) const {
-  filler_barrier(kKeys ? 1 : 2);
+  warpgroup_barrier_sync(kKeys ? 1 : 2);
   fetch_facts(batch + 2);
   if (!kKeys || !a_.g.k.layered()) return;
   fetch_means(batch + 1);

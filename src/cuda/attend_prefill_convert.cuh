@@ -1,5 +1,4 @@
-// What attend_prefill's filling warps are made of: asynchronous copies into shared memory that a
-// thread waits for by itself, and chunks of 8 numbers to FP16 in the order of
+// What attend_prefill's filling warps are made of: chunks of 8 numbers to FP16 in the order of
 // attend_prefill_shape.h.
 #pragma once
 
@@ -11,68 +10,6 @@ __device__ inline uint32_t half_pair(float low, float high) {
   const __half2 x = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(x);
 }
-__device__ inline uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-// ---- copies
-
-// kBytes at `to`, of which only the first `bytes` are read from `from`; the rest are zeros.
-template <int kBytes>
-__device__ inline void copy_async(uint32_t to, const uint8_t* from, int bytes = kBytes) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
-                 "r"(bytes)
-                 : "memory");
-  }
-}
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until fewer than `groups` of the thread's groups are on their way; 1 to 4.
-__device__ inline void copies_wait(int groups) {
-  switch (groups) {
-    case 1:
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      break;
-    case 2:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    case 3:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-  }
-}
-// Of a warpgroup; barrier 0 is the block's.
-__device__ inline void filler_barrier(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
-}
-
-__device__ inline uint4 load_chunk(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
-__device__ inline uint2 load_half_chunk(uint32_t at) {
-  uint2 x;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at) : "memory");
-  return x;
-}
-__device__ inline void store_chunk(uint32_t at, const uint4& x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
-               "r"(x.w)
-               : "memory");
-}
-
-// ---- chunks
 
 // Eight BF16 numbers, times `up` where it is not 1.
 template <bool kScaled>

@@ -17,7 +17,7 @@ constexpr int prefill_tiles_shared_bytes() {
 template <int D>
 __global__ void __launch_bounds__(256) prefill_tiles(const __grid_constant__ AttendArgs a) {
 #ifdef THRIFTATTN_WGMMA
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 1024);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int page = static_cast<int>(blockIdx.x);
@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(256) prefill_tiles(const __grid_constant__ Att
   const uint32_t at = shared_address(shared_bytes);
   const auto store = [&](int tile, uint32_t from, int barrier) {
     fence_stores_before_products();
-    filler_barrier(barrier);
+    warpgroup_barrier_sync(barrier);
     if (threadIdx.x % 128 != 0) return;
     bulk_store(made_tile<D>(a, seq_head, page, tile), from, prefill_tile_bytes(D));
     bulk_stores_read();
   };
   if (threadIdx.x < 128) {
     for (int part = 0; part < filler.k_tiles(); ++part) {
-      if (part > 0) filler_barrier(1);
+      if (part > 0) warpgroup_barrier_sync(1);
       filler.fetch_k(f, held, part, at);
       copies_commit();
       copies_wait(1);
@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(256) prefill_tiles(const __grid_constant__ Att
 template <int D>
 void launch_prefill_tiles(const AttendArgs& a, cudaStream_t stream) {
   constexpr int kBytes = prefill_tiles_shared_bytes<D>();
-  check(cudaFuncSetAttribute(prefill_tiles<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "prefill_tiles");
+  allow_shared(prefill_tiles<D>, kBytes, "prefill_tiles");
   const dim3 grid(static_cast<unsigned>(a.limits.max_pages), static_cast<unsigned>(a.pass_heads));
   launch_after_previous(prefill_tiles<D>, {grid, dim3(256), size_t{kBytes}}, a, stream,
                         "prefill_tiles");

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32 * Warps, Regs > 4     ? 1
                                               : Warps == 8 ? 3
                                                            : 2)
     attend_prepare(const __grid_constant__ AttendArgs a) {
-  extern __shared__ __align__(16) uint8_t shared_bytes[];
+  THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 16);
   using Shared = PrepareShared<Regs, Warps>;
   Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
   wait_for_previous_kernel();
@@ -294,10 +294,7 @@ void launch(const AttendArgs& a, cudaStream_t stream) {
                   static_cast<unsigned>(a.limits.batch), static_cast<unsigned>(2 + turns));
   const size_t bytes =
       PrepareShared<Regs, Warps>::bytes(std::min<int64_t>(a.ws.rows, kRowGroup<Regs>) / 8);
-  check(
-      cudaFuncSetAttribute(attend_prepare<Regs, Warps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(sizeof(PrepareShared<Regs, Warps>))),
-      "attend_prepare");
+  allow_shared(attend_prepare<Regs, Warps>, static_cast<int>(sizeof(PrepareShared<Regs, Warps>)), "attend_prepare");
   launch_after_previous(attend_prepare<Regs, Warps>, {grid, dim3(32 * Warps), bytes}, a, stream,
                         "attend_prepare");
 }

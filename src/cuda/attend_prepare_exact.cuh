@@ -119,13 +119,12 @@ __device__ inline float capped(const AttendArgs& a, float s) {
 __device__ inline void prefetch_exact_page(const SideGeometry& k, const ExactPage& x, int slice,
                                            int lane) {
   if (x.rows == nullptr) return;
-  const auto ask = [](const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
   const bool rows = x.open || !k.layered();
   const int row = x.open ? 2 * k.dim : rows ? k.row_bytes : (k.scales - k.codes) / kPage;
   const uint8_t* at = x.rows + (x.open ? 0 : rows ? k.rows : k.codes) + 16 * slice * row;
-  for (int i = 128 * lane; i < 16 * row; i += 32 * 128) ask(at + i);
-  if (!rows && lane < 4) ask(x.rows + k.scales + 128 * lane);
-  if (x.mean != nullptr && lane * 64 < k.dim) ask(x.mean + lane * 64);
+  for (int i = 128 * lane; i < 16 * row; i += 32 * 128) prefetch_l2(at + i);
+  if (!rows && lane < 4) prefetch_l2(x.rows + k.scales + 128 * lane);
+  if (x.mean != nullptr && lane * 64 < k.dim) prefetch_l2(x.mean + lane * 64);
 }
 
 // The rows of two tokens of 8 dims a lane and chunk. Of the usual formats all reads are under way

@@ -47,25 +47,8 @@ __device__ inline void transform_row(const AttendArgs& a, const TileView& v, int
   if (a.g.k.layered() && a.g.rotate) hadamard_row(x, lane, a.hadamard_factor);
 }
 
-// Reads here, not where the number is used: the compiler moves loads behind divisions and waits for
-// one after another.
-__device__ inline float read_now(const float* from) {
-  float x;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
-  return x;
-}
-__device__ inline int32_t read_now(const int32_t* from) {
-  int32_t x;
-  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from));
-  return x;
-}
 __device__ inline uint32_t read_now(const uint32_t* from) {
   return static_cast<uint32_t>(read_now(reinterpret_cast<const int32_t*>(from)));
-}
-__device__ inline uint16_t read_now(const uint16_t* from) {
-  uint16_t x;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  return x;
 }
 
 // What q' of a row is made of, element r * 32 + lane in [r].

@@ -159,11 +159,7 @@ __device__ inline void share_units(const AttendArgs& a, const UnitTable& t) {
 }
 // Until share_units() is done: attend_prepare may still run, but its blocks have begun.
 __device__ inline void wait_for_units(const UnitTable& t) {
-  int32_t ready = 0;
-  while (ready == 0) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(t.ready) : "memory");
-#endif
+  while (read_acquire(t.ready) == 0) {
   }
 }
 

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "base/float_convert.h"
-#include "cuda/checks.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exact_f32.h"
 
 namespace thriftattn::cuda {
@@ -92,7 +92,7 @@ __device__ float row_max(float x) {
 
 __global__ void __launch_bounds__(kRows * kColumns)
     exact_attend_kernel(const ExactLayer l, const AttendCall call) {
-  extern __shared__ float shared[];
+  THRIFTATTN_DYNAMIC_SHARED(float, shared, 16);
   const int q_head = blockIdx.y, head = q_head / l.group;
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   const int first_row = call.tables.step_offsets[0];
@@ -208,20 +208,17 @@ __global__ void __launch_bounds__(kRows * kColumns)
 
 void exact_append(const ExactLayer& layer, const AppendCall& call, int64_t tokens, Stream stream) {
   const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(layer.kv_heads));
-  exact_append_kernel<<<grid, 64, 0, stream>>>(layer, call);
-  check_launch("exact_append");
+  launch_kernel(exact_append_kernel, {grid, dim3(64), 0}, stream, "exact_append", layer, call);
 }
 
 void exact_attend(const ExactLayer& layer, const AttendCall& call, int64_t tokens, Stream stream) {
   const int pitch_k = layer.dim_k + 1, pitch = std::max(layer.dim_k, layer.dim_v) + 1;
   const size_t bytes = sizeof(float) * (kRows * pitch_k + kPage * pitch + kRows * kPage);
-  check(cudaFuncSetAttribute(exact_attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "shared memory of exact_attend");
+  allow_shared(exact_attend_kernel, static_cast<int>(bytes), "shared memory of exact_attend");
   const dim3 grid(static_cast<unsigned>((tokens + kRows - 1) / kRows),
                   static_cast<unsigned>(layer.kv_heads * layer.group));
-  exact_attend_kernel<<<grid, kRows * kColumns, bytes, stream>>>(layer, call);
-  check_launch("exact_attend");
+  launch_kernel(exact_attend_kernel, {grid, dim3(kRows * kColumns), bytes}, stream, "exact_attend",
+                layer, call);
 }
 
 }  // namespace thriftattn::cuda

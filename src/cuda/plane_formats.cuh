@@ -47,12 +47,6 @@ __device__ inline float int3_value(uint32_t code) {
   return __uint_as_float(__float_as_uint(magnitude) | (code & 4u) << 29);
 }
 
-__device__ inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-  uint32_t d;  // a sum with -0: the product alone is an instruction of sm_90
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-  return d;
-}
-
 __device__ inline Expanded times(const Expanded& x, uint32_t scale) {
   return {hmul2(x.even_low, scale), hmul2(x.even_high, scale), hmul2(x.odd_low, scale),
           hmul2(x.odd_high, scale)};

@@ -3,10 +3,11 @@
 # make build  set up and build the release preset (build/release/thriftattn)
 # make setup  install the Debian packages that are missing (as root or with sudo)
 # make cuda-all   every CUDA target for every head_dim, its log in build/cuda-all/build.log
+# make emulate    the CUDA kernels' tests on this CPU, all of them (make test runs the short ones)
 # make gpu-test   the GPU tests, on a machine with an NVIDIA GPU
 # make gpu-bench  timings on such a machine, into out/gpu-bench.jsonl
 # make clean  remove build/ and out/
-.PHONY: build demo test setup clean cuda-all gpu-test gpu-bench
+.PHONY: build demo test setup clean cuda-all emulate gpu-test gpu-bench
 .DEFAULT_GOAL := build
 
 setup:
@@ -23,6 +24,9 @@ test: setup
 
 cuda-all:
 	@tools/build.sh cuda-all
+
+emulate:
+	@tools/emulate.sh
 
 gpu-test:
 	@tools/gpu.sh test

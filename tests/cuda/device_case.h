@@ -214,6 +214,7 @@ inline DeviceCase::DeviceCase(std::vector<CaseOptions> options, int64_t spare_pa
   lse_ = cuda::DeviceMemory(rows * 4);
   floor_ = cuda::DeviceMemory(rows * 4);
   decisions_ = cuda::DeviceMemory(batch * first.queries * max_pages_ * heads);
+  cuda::fill(decisions_.data(), 0, decisions_.bytes(), nullptr);  // pages that no query sees stay so
   plan_with(cuda::AttendLimits{}.tile_bytes);
 }
 

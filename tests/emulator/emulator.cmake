@@ -1,0 +1,51 @@
+# test_cuda_emulated: tests/cuda over kernels that the CPU runs (emulator.h), as sm_90a; the tests that
+# it does in seconds belong to `make test`. test_cuda_emulated_sm80 takes the paths of older GPUs; both,
+# whole, by `make emulate`.
+file(GLOB emulated_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cuda/*.cu)
+file(GLOB emulated_sources CONFIGURE_DEPENDS
+  ${PROJECT_SOURCE_DIR}/src/cuda/*.cc ${CMAKE_CURRENT_SOURCE_DIR}/emulator/*.cc)
+set_source_files_properties(${emulated_kernels} PROPERTIES
+  LANGUAGE CXX COMPILE_OPTIONS "-include;emulator/language.h")
+
+function(thriftattn_add_emulated name)
+  # Without libthriftattn, so that nvcc has no part in it.
+  add_executable(${name} ${sources_cuda} ${emulated_kernels} ${emulated_sources}
+    $<TARGET_OBJECTS:thriftattn_layers>)
+  # Before src: this folder's ptx.cuh, wgmma.cuh and dependent_launch.cuh.
+  target_include_directories(${name} PRIVATE
+    ${CMAKE_CURRENT_SOURCE_DIR}/emulator ${CMAKE_CURRENT_SOURCE_DIR}
+    ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/include ${PROJECT_BINARY_DIR}/include)
+  target_include_directories(${name} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  target_compile_definitions(${name} PRIVATE THRIFTATTN_WITH_CUDA ${ARGN})
+  # Kernels read memory as what they need, and leave to the compiler what a lane does not use.
+  target_compile_options(${name} PRIVATE -mavx2 -mf16c -mfma -fno-strict-aliasing -U_FORTIFY_SOURCE
+    -Wno-unknown-pragmas -Wno-sign-compare -Wno-unused-parameter -Wno-maybe-uninitialized
+    -Wno-deprecated-enum-enum-conversion)
+  add_dependencies(${name} thriftattn_test_support_objects)
+  target_link_libraries(${name} PRIVATE $<TARGET_FILE:thriftattn_test_support_objects>
+    hwy::hwy TBB::tbb fmt::fmt nlohmann_json::nlohmann_json thriftattn_options
+    GTest::gmock GTest::gtest_main Threads::Threads)
+endfunction()
+
+thriftattn_add_emulated(test_cuda_emulated)
+thriftattn_add_emulated(test_cuda_emulated_sm80 THRIFTATTN_EMULATE_SM80)
+set_target_properties(test_cuda_emulated_sm80 PROPERTIES EXCLUDE_FROM_ALL ON)
+
+# Those that take the CPU more than ten seconds are left to `make emulate`.
+set(long_ones
+  CudaAppend.GroupsByteEqualOverDataAndTypes CudaAppend.GroupsByteEqualOverShapesAndSteps
+  CudaAttend.ChunksOfPages CudaAttend.RunsAreBitwiseEqual CudaAttend.Verify
+  CudaBudget.RaggedBatchAndRepeats CudaBudget.VerifyAndLongerSteps
+  CudaFailures.WithoutMemoryTheCacheStaysUsable
+  CudaPlanes.BatchInvariantResultsAreThoseOfOneAlone CudaPlanes.GroupsThatDoNotDivideATile
+  CudaPlanes.MoreUnitsThanBlocks CudaPlanes.OpenPagesEndAnywhere CudaPlanes.UnitsOfARaggedBatch
+  CudaPrefill.PassesOverHeads CudaPrefill.PoliciesAndLengths CudaPrefill.RunsAreBitwiseEqual
+  CudaPrefill.Shapes CudaThreads.AtOnceGiveTheBitsOfOneAlone
+  TwoDevices.PlansOfTheSecondGiveTheBitsOfTheFirst
+  # Each takes a second; these have the paths of three policies.
+  "*/maxsavingsmx" "*/int3" "*/int3Kmxfp4Vsealed" "*/nvfp4Kint3Vpromote" "*/mxfp4promote"
+  "*/bf16Kint3V" "*/fp8Kmxfp4V" "*/int3Kbf16V" "*/mxfp4Kfp8V")
+list(JOIN long_ones ":" long_ones)
+gtest_discover_tests(test_cuda_emulated DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+  TEST_PREFIX cuda_emulated. TEST_FILTER "-${long_ones}" WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
+  PROPERTIES TIMEOUT 300 LABELS cuda_emulated)

@@ -142,10 +142,17 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
     const size_t start = m.random() % warps, step = m.random() % 2 == 0 ? 1 : warps - 1;
     for (size_t i = 0; i < warps; ++i) {
       const Warp& w = block.warps[(start + i * step) % warps];
-      for (int lane = 0; lane < w.lanes; ++lane) {
-        Fiber& f = *m.fibers[static_cast<size_t>(w.first + lane)];
-        if (!f.done) resume(m, f);
-      }
+      // One in four goes on for as long as it can without the others: who relies on their keeping
+      // step with each other is seen.
+      const bool ahead = m.random() % 4 == 0;
+      uint64_t moves;
+      do {
+        moves = m.moves;
+        for (int lane = 0; lane < w.lanes; ++lane) {
+          Fiber& f = *m.fibers[static_cast<size_t>(w.first + lane)];
+          if (!f.done) resume(m, f);
+        }
+      } while (ahead && m.moves != moves);
     }
     if (m.moves == before && block.running > 0) fail("its threads wait for ever");
   }

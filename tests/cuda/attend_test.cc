@@ -117,6 +117,65 @@ TEST(CudaAttend, RaggedBatchAndTheRule) {
   EXPECT_GT(skipped, 5);
 }
 
+// Scores far apart in the walk that every case goes through: a page's are often far above the reference.
+TEST(CudaAttend, ReferencesThatRise) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = decode_options(plain_policy(Format::bf16), 2000);
+  o.softcap = 1000.0f;
+  o.q_gain = 12.0f;
+  DeviceCase c({o});
+  c.plan_with(0, true);  // walks of eight pages
+  c.check("references that rise", kTightCuda);
+}
+
+// Of a sealed policy each position reads in full what is within `recent` of its own end, where the
+// residual is held: the eight positions do not agree about one page.
+TEST(CudaAttend, PositionsAtTheEdgeOfRecent) {
+  SKIP_WITHOUT_DEVICE();
+  for (const Format v : {Format::nvfp4, Format::int3, Format::bf16}) {
+    for (const int64_t queries : {1, 2, 8}) {
+      const LayerPolicy policy = mix(Format::nvfp4, v, sealed_policy(64, 128));
+      DeviceCase c({decode_options(policy, 64 * 8 - 4 + 127, queries)});
+      const std::string what = std::string(to_string(v)) + " V, " + std::to_string(queries) + " positions";
+      c.check(what, kTightCuda);
+      const auto decisions = c.attend().decisions;
+      const int64_t total = c.host(0).total();
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t end = total - queries + i + 1;
+        for (int64_t page = 0; page < (end - 1) / kPageTokens; ++page) {
+          const bool full = page * kPageTokens < policy.sinks || (page + 1) * kPageTokens > end - policy.recent;
+          EXPECT_EQ(decisions[static_cast<size_t>((i * c.max_pages() + page) * 2)] ==
+                        static_cast<uint8_t>(cuda::Decision::full), full)
+              << what << ": position " << i << ", page " << page;
+        }
+      }
+    }
+  }
+}
+
+// A row of the batch without tokens: nothing is read of it, and nothing written.
+TEST(CudaAttend, IdleRows) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(0.05, 0.004), plain_policy(Format::bf16),
+                                    mix(Format::nvfp4, Format::int3)}) {
+    for (const int64_t queries : {1, 3, 20}) {
+      CaseOptions o = decode_options(policy, 200, queries);
+      o.mode = queries > 16 ? AttendMode::prefill : AttendMode::decode;
+      DeviceCase c({o, o, o});
+      const auto all = c.attend();
+      c.lengths()[1] = 0;
+      cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 12, nullptr);
+      const auto got = c.attend();
+      const size_t row = all.out.size() / 3;
+      for (size_t i = 0; i < row; ++i) ASSERT_TRUE(std::isnan(got.out[row + i])) << i;
+      for (const size_t b : {size_t{0}, size_t{2}}) {
+        EXPECT_LT(row_error({&got.out[b * row], &got.out[b * row] + row}, {&all.out[b * row], &all.out[b * row] + row}, 128),
+                  1e-5) << b;
+      }
+    }
+  }
+}
+
 // attend_prepare takes pages in chunks of at least 128, or 256 with more than 16 rows, at most 32 of
 // them, and with many sequences several chunks in one block.
 TEST(CudaAttend, ChunksOfPages) {

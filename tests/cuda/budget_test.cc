@@ -252,6 +252,16 @@ TEST(CudaBudget, VerifyAndLongerSteps) {
   EXPECT_GT(apart, 30);
 }
 
+// Two positions, most of whose pages differ; and eight, of which the first read a page in open form
+// that the last ones read sealed, and may promote.
+TEST(CudaBudget, PositionsChooseForThemselves) {
+  SKIP_WITHOUT_DEVICE();
+  for (const double fraction : {0.3, 1.0}) {
+    check(decode_options(budget_policy(fraction), 700, 2), "two positions");
+    check(decode_options(budget_policy(fraction), 64 * 5 + 60, 8), "a page that the step fills");
+  }
+}
+
 TEST(CudaBudget, SkipsByMassBesideTheBudget) {
   SKIP_WITHOUT_DEVICE();
   int64_t skipped = 0;
@@ -404,18 +414,6 @@ TEST(CudaBudget, RaggedBatchAndRepeats) {
     DeviceCase equal({o, o, o});
     equal.check_repeats();
   }
-}
-
-// Pages that lose their residual between replays: read on the device.
-void drop_residuals(DeviceCase& c, int64_t every) {
-  std::vector<int32_t> ids(static_cast<size_t>(c.max_pages() * c.shape().kv_heads));
-  auto* table = const_cast<int32_t*>(c.call().tables.residual_table);
-  const auto bytes = static_cast<int64_t>(ids.size() * 4);
-  cuda::copy_to_host(ids.data(), table, bytes, nullptr);
-  cuda::synchronize(nullptr);
-  for (size_t i = 0; i < ids.size(); i += static_cast<size_t>(every)) ids[i] = -1;
-  cuda::copy_to_device(table, ids.data(), bytes, nullptr);
-  cuda::synchronize(nullptr);
 }
 
 TEST(CudaBudget, PagesWithoutResidualAreNoCandidates) {

@@ -519,4 +519,16 @@ inline void DeviceCase::check_rule(const std::string& what, int64_t* promoted, i
   }
 }
 
+// Every so manieth page and KV head loses its residual: the table is read on the device.
+inline void drop_residuals(DeviceCase& c, int64_t every) {
+  std::vector<int32_t> ids(static_cast<size_t>(c.max_pages() * c.shape().kv_heads));
+  auto* table = const_cast<int32_t*>(c.call().tables.residual_table);
+  const auto bytes = static_cast<int64_t>(ids.size() * 4);
+  cuda::copy_to_host(ids.data(), table, bytes, nullptr);
+  cuda::synchronize(nullptr);
+  for (size_t i = 0; i < ids.size(); i += static_cast<size_t>(every)) ids[i] = -1;
+  cuda::copy_to_device(table, ids.data(), bytes, nullptr);
+  cuda::synchronize(nullptr);
+}
+
 }  // namespace thriftattn::testing

@@ -190,6 +190,28 @@ TEST(CudaGroups, LongContextsSkipAndPromote) {
   EXPECT_GT(skipped, 5);
 }
 
+TEST(CudaGroups, PositionsThatDecideDifferently) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t apart = 0;
+  for (const Format k : {Format::nvfp4, Format::mxfp4}) {
+    CaseOptions o = decode_options(mix(k, Format::int3, layered_policy(0.05, 0.0)), 3000, 4);
+    o.shape = {.kv_heads = 1, .q_heads = 4, .head_dim_k = 128, .head_dim_v = 128};
+    o.q_gain = 1.0f;
+    DeviceCase c({o});
+    c.check(std::string(to_string(k)) + " K", kTightCuda);
+    const auto decisions = c.attend().decisions;
+    for (int64_t page = 0; page < 3000 / kPageTokens; ++page) {
+      int64_t full = 0;
+      for (int64_t i = 0; i < o.queries; ++i) {
+        full += decisions[static_cast<size_t>(i * c.max_pages() + page)] ==
+                static_cast<uint8_t>(cuda::Decision::full);
+      }
+      apart += full > 0 && full < o.queries;
+    }
+  }
+  EXPECT_GT(apart, 5);
+}
+
 // Scores far apart, in walks of eight pages and more: a later page's are often far above the
 // reference that the first one set, while an earlier page still waits to be added.
 TEST(CudaGroups, ReferencesThatRise) {

@@ -203,6 +203,66 @@ TEST(CudaPlanes, GroupsThatDoNotDivideATile) {
   EXPECT_GT(promoted, 5);
 }
 
+// One of them by itself: 11 positions of 6 rows are 66 of at most 32 a tile.
+TEST(CudaPlanes, AGroupThatDoesNotDivideATile) {
+  SKIP_WITHOUT_DEVICE();
+  int64_t promoted = 0, skipped = 0;
+  CaseOptions o = options(layered_policy(0.05, 0.02), 1900);
+  o.shape.q_heads = 6;
+  o.queries = 11;
+  DeviceCase c({o});
+  c.check("group 6", kTightCuda);
+  c.check_rule("group 6", &promoted, &skipped);
+  EXPECT_GT(promoted, 5);
+}
+
+// Scores far apart: a later page's are often far above the reference that the floor or the first page
+// set. By one warp a page and by two, which tell each other; without a floor the first page sets it.
+TEST(CudaPlanes, ReferencesThatRise) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t queries : {1, 4, 8}) {
+    for (const AttendMode mode : {AttendMode::decode, AttendMode::prefill}) {
+      CaseOptions o = options(layered_policy(1.0, 0.0), 64 * 40 + 13);
+      o.queries = queries;
+      o.mode = mode;
+      o.q_gain = 6.0f;
+      DeviceCase c({o});
+      c.plan_with(0, true);  // walks of ten pages and more
+      c.check(std::to_string(queries) + " positions", kTightCuda);
+    }
+  }
+}
+
+TEST(CudaPlanes, PagesWithoutResidualAreNotPromoted) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t queries : {1, 4}) {
+    CaseOptions o = options(layered_policy(0.02, 0.0), 1500);
+    o.queries = queries;
+    o.q_gain = 2.5f;
+    DeviceCase c({o});
+    const auto promoted = [&] {
+      const auto decisions = c.attend().decisions;
+      return std::count(decisions.begin(), decisions.end(), static_cast<uint8_t>(cuda::Decision::full));
+    };
+    const auto all = promoted();
+    drop_residuals(c, 2);
+    c.check("half of them", kTightCuda);
+    EXPECT_LT(promoted(), all);
+    drop_residuals(c, 1);
+    c.check("none", kTightCuda);
+    EXPECT_EQ(promoted(), 0);
+  }
+}
+
+// Sizes of units follow from the lengths alone, in whatever order warps come.
+TEST(CudaPlanes, UnitsAreDecidedAlike) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = options(layered_policy(1.0, 0.0), 4000);
+  o.shape = {.kv_heads = 1, .q_heads = 2, .head_dim_k = 64, .head_dim_v = 64};
+  DeviceCase c({o, o, o});
+  c.check_repeats();
+}
+
 // Masses of 0.02 or so, thresholds well below and above.
 TEST(CudaPlanes, NothingIsDoneBetweenTheThresholds) {
   SKIP_WITHOUT_DEVICE();

@@ -107,6 +107,20 @@ TEST(CudaPrefill, ManyPages) {
   }
 }
 
+// So many rows of a KV head that tiles made beforehand pay on devices of a few multiprocessors too.
+TEST(CudaPrefill, ManyRows) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {sealed_policy(64, 256), plain_policy(Format::bf16)}) {
+    CaseOptions o = options(policy, 600, 17);
+    o.shape = {.kv_heads = 1, .q_heads = 32, .head_dim_k = 64, .head_dim_v = 64};
+    if (const cuda::DeviceInfo device = cuda::device_info(); device.major == 9) {
+      DeviceCase c({o});
+      EXPECT_NE(c.plan().explain().find("pages expanded before it"), std::string::npos) << c.plan().explain();
+    }
+    check(o, "many rows");
+  }
+}
+
 TEST(CudaPrefill, WindowSoftcapSinksOffset) {
   SKIP_WITHOUT_DEVICE();
   for (const LayerPolicy& policy :
@@ -185,9 +199,30 @@ TEST(CudaPrefill, ValuesOfEverySize) {
   SKIP_WITHOUT_DEVICE();
   for (const LayerPolicy& policy : {layered_policy(1.0, 0.0), plain_policy(Format::bf16),
                                     sealed_policy(0, 0)}) {
-    CaseOptions o = options(policy, 400, 40);
-    o.v_spread = 9.0f;
-    check(o, "V of every size");
+    for (const int64_t length : {400, 64 * 7 - 20}) {  // the last page is a small one, or a large one
+      CaseOptions o = options(policy, length, 40);
+      o.v_spread = 9.0f;
+      check(o, "V of every size");
+    }
+  }
+}
+
+// Rows of FP8 have scales of their own, which FP16 does not hold: a score would be off by as much as it
+// is large.
+TEST(CudaPrefill, Fp8RowsAndLargeScores) {
+  SKIP_WITHOUT_DEVICE();
+  CaseOptions o = options(plain_policy(Format::fp8_e4m3), 300, 40);
+  o.q_gain = 6.0f;
+  check(o, "large scores");
+}
+
+// Scores far apart: later pages' are often far above the reference that the first one set.
+TEST(CudaPrefill, ReferencesThatRise) {
+  SKIP_WITHOUT_DEVICE();
+  for (const LayerPolicy& policy : {layered_policy(1.0, 0.0), plain_policy(Format::bf16)}) {
+    CaseOptions o = options(policy, 700, 30);
+    o.q_gain = 4.0f;
+    check(o, "references that rise");
   }
 }
 

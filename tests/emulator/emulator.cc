@@ -141,7 +141,7 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
   for (int turns = 0; block.running > 0; --turns) {
     if (turns <= 0) {
       asleep = m.random() % (2 * warps);
-      turns = static_cast<int>(m.random() % 64);
+      turns = static_cast<int>(m.random() % (m.random() % 4 == 0 ? 1024 : 64));
     }
     const uint64_t before = m.moves;
     const size_t start = m.random() % warps, step = m.random() % 2 == 0 ? 1 : warps - 1;

@@ -1,19 +1,21 @@
 #!/bin/sh
-# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a and as sm_80
-# (tests/emulator/emulator.h); half an hour on two cores. Logs are kept in out/emulate/.
+# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a and as sm_80, and
+# those of the engine's device code (tests/emulator/emulator.h); about an hour on two cores. Logs are
+# kept in out/emulate/.
 set -eu
 cd "$(dirname "$0")/.."
 filter=${1:-*}
 if [ ! -f build/release/build.ninja ]; then cmake --preset release >/dev/null; fi
-if ! cmake --build --preset release --target help | grep -q test_cuda_emulated; then
+if ! cmake --build --preset release --target help | grep -q test_engine_emulated; then
   echo "emulate: needs nvcc's headers, GCC and x86-64; see build/release/CMakeCache.txt (THRIFTATTN_CUDA)" >&2
   exit 1
 fi
-cmake --build --preset release --target test_cuda_emulated --target test_cuda_emulated_sm80
+cmake --build --preset release --target test_cuda_emulated \
+  --target test_cuda_emulated_sm80 --target test_engine_emulated
 rm -rf out/emulate
 mkdir -p out/emulate
-for sm in "" _sm80; do
-  program=build/release/tests/test_cuda_emulated$sm
+for name in cuda_emulated cuda_emulated_sm80 engine_emulated; do
+  program=build/release/tests/test_$name
   "$program" --gtest_filter="$filter" --gtest_list_tests |
     awk -v p="$program" '/^[^ ]/ { suite = $1; next } { print p, suite $1 }'
 done >out/emulate/list
@@ -23,7 +25,7 @@ if [ ! -s out/emulate/list ]; then
 fi
 # One process a test: out/emulate/TEST.log, its last line the exit status.
 xargs -P "${THRIFTATTN_JOBS:-$(nproc)}" -L 1 sh -c '
-  log=out/emulate/$(basename "$0")-$(echo "$1" | tr / _).log
+  log=out/emulate/$(basename "$0")-$(printf %s "$1" | tr / _).log
   code=0
   "$0" --gtest_filter="$1" >"$log" 2>&1 || code=$?
   echo "exit status $code" >>"$log"

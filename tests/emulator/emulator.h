@@ -106,7 +106,8 @@ struct Launch {
   std::function<void()> kernel;  // one thread of it
 };
 void run(const Launch& launch);
-// Runs it, or adds it to the graph that the stream captures (runtime.cc).
+// Does it, or adds it to the graph that the stream captures (runtime.cc).
 void launch(cudaStream_t stream, Launch launch);
+void submit(cudaStream_t stream, std::function<void()> work);
 
 }  // namespace thriftattn::emulator

@@ -42,6 +42,19 @@ add_executable(test_cuda_emulated_sm80 EXCLUDE_FROM_ALL ${sources_cuda}
 thriftattn_add_emulated_test(test_cuda_emulated_sm80)
 set_target_properties(thriftattn_emulated_sm80 PROPERTIES EXCLUDE_FROM_ALL ON)
 
+# Races in shared memory (races.h): kernels with the compiler's hooks for ThreadSanitizer, whose library
+# stays out.
+thriftattn_add_emulated_objects(thriftattn_emulated_races_kernels ${emulated_kernels})
+target_compile_options(thriftattn_emulated_races_kernels PRIVATE -O1 -g1 -fsanitize=thread)
+thriftattn_add_emulated_objects(thriftattn_emulated_races ${emulated_sources})
+target_compile_definitions(thriftattn_emulated_races PRIVATE THRIFTATTN_EMULATE_RACES)
+add_executable(test_cuda_emulated_races EXCLUDE_FROM_ALL ${sources_cuda}
+  $<TARGET_OBJECTS:thriftattn_emulated_races_kernels> $<TARGET_OBJECTS:thriftattn_emulated_races>
+  $<TARGET_OBJECTS:thriftattn_layers>)
+thriftattn_add_emulated_test(test_cuda_emulated_races)
+set_target_properties(thriftattn_emulated_races thriftattn_emulated_races_kernels PROPERTIES
+  EXCLUDE_FROM_ALL ON)
+
 # The engine's device code: its objects but two, the kernels and what calls cuBLASLt.
 if(TARGET thriftattn_engine AND THRIFTATTN_CUBLASLT_INCLUDE)
   set(engine_kernels ${PROJECT_SOURCE_DIR}/src/engine/device_ops.cu)

@@ -51,8 +51,8 @@ void yield();
 // ---- lanes that meet
 
 // Each lane of `mask` gives `bytes` and gets those of all, 64 bytes apart, valid until the lane's next
-// meeting but one. `op` tells instructions apart.
-const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes);
+// meeting but one. `op` tells instructions apart; `orders`: what lanes wrote before is seen after.
+const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes, bool orders = false);
 inline constexpr size_t kMeetStride = 64;
 
 template <class T>

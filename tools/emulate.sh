@@ -1,7 +1,7 @@
 #!/bin/sh
-# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a and as sm_80, and
-# those of the engine's device code (tests/emulator/emulator.h); about an hour on two cores. Logs are
-# kept in out/emulate/.
+# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a, as sm_80 and with
+# races looked for, and those of the engine's device code (tests/emulator/emulator.h); about two hours on
+# two cores. Logs are kept in out/emulate/.
 set -eu
 cd "$(dirname "$0")/.."
 filter=${1:-*}
@@ -10,12 +10,13 @@ if ! cmake --build --preset release --target help | grep -q test_engine_emulated
   echo "emulate: needs nvcc's headers, GCC and x86-64; see build/release/CMakeCache.txt (THRIFTATTN_CUDA)" >&2
   exit 1
 fi
-cmake --build --preset release --target test_cuda_emulated \
-  --target test_cuda_emulated_sm80 --target test_engine_emulated
+names="test_cuda_emulated test_cuda_emulated_sm80 test_cuda_emulated_races test_engine_emulated"
+# shellcheck disable=SC2086
+cmake --build --preset release --target $names
 rm -rf out/emulate
 mkdir -p out/emulate
-for name in cuda_emulated cuda_emulated_sm80 engine_emulated; do
-  program=build/release/tests/test_$name
+for name in $names; do
+  program=build/release/tests/$name
   "$program" --gtest_filter="$filter" --gtest_list_tests |
     awk -v p="$program" '/^[^ ]/ { suite = $1; next } { print p, suite $1 }'
 done >out/emulate/list

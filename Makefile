@@ -5,9 +5,10 @@
 # make cuda-all   every CUDA target for every head_dim, its log in build/cuda-all/build.log
 # make emulate    the CUDA kernels' tests on this CPU, all of them (make test runs the short ones)
 # make gpu-test   the GPU tests, on a machine with an NVIDIA GPU
+# make gpu-sanitize  those of the kernels under compute-sanitizer, memcheck then racecheck
 # make gpu-bench  timings on such a machine, into out/gpu-bench.jsonl
 # make clean  remove build/ and out/
-.PHONY: build demo test setup clean cuda-all emulate gpu-test gpu-bench
+.PHONY: build demo test setup clean cuda-all emulate gpu-test gpu-sanitize gpu-bench
 .DEFAULT_GOAL := build
 
 setup:
@@ -30,6 +31,10 @@ emulate:
 
 gpu-test:
 	@tools/gpu.sh test
+
+gpu-sanitize:
+	@tools/gpu.sh sanitize memcheck
+	@tools/gpu.sh sanitize racecheck
 
 gpu-bench:
 	@tools/gpu.sh bench

@@ -1,19 +1,22 @@
 #!/bin/sh
-# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a and as sm_80
-# (tests/emulator/emulator.h); half an hour on two cores. Logs are kept in out/emulate/.
+# tools/emulate.sh [GTEST_FILTER]: every test of the CUDA kernels on this CPU, as sm_90a, as sm_80 and with
+# races looked for, and those of the engine's device code (tests/emulator/emulator.h); about two hours on
+# two cores. Logs are kept in out/emulate/.
 set -eu
 cd "$(dirname "$0")/.."
 filter=${1:-*}
 if [ ! -f build/release/build.ninja ]; then cmake --preset release >/dev/null; fi
-if ! cmake --build --preset release --target help | grep -q test_cuda_emulated; then
+if ! cmake --build --preset release --target help | grep -q test_engine_emulated; then
   echo "emulate: needs nvcc's headers, GCC and x86-64; see build/release/CMakeCache.txt (THRIFTATTN_CUDA)" >&2
   exit 1
 fi
-cmake --build --preset release --target test_cuda_emulated --target test_cuda_emulated_sm80
+names="test_cuda_emulated test_cuda_emulated_sm80 test_cuda_emulated_races test_engine_emulated"
+# shellcheck disable=SC2086
+cmake --build --preset release --target $names
 rm -rf out/emulate
 mkdir -p out/emulate
-for sm in "" _sm80; do
-  program=build/release/tests/test_cuda_emulated$sm
+for name in $names; do
+  program=build/release/tests/$name
   "$program" --gtest_filter="$filter" --gtest_list_tests |
     awk -v p="$program" '/^[^ ]/ { suite = $1; next } { print p, suite $1 }'
 done >out/emulate/list
@@ -23,7 +26,7 @@ if [ ! -s out/emulate/list ]; then
 fi
 # One process a test: out/emulate/TEST.log, its last line the exit status.
 xargs -P "${THRIFTATTN_JOBS:-$(nproc)}" -L 1 sh -c '
-  log=out/emulate/$(basename "$0")-$(echo "$1" | tr / _).log
+  log=out/emulate/$(basename "$0")-$(printf %s "$1" | tr / _).log
   code=0
   "$0" --gtest_filter="$1" >"$log" 2>&1 || code=$?
   echo "exit status $code" >>"$log"

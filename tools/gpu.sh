@@ -1,6 +1,8 @@
 #!/bin/sh
-# tools/gpu.sh test|bench: what needs an NVIDIA GPU, on the machine it is on. `test` runs the GPU tests,
-# which fail here where there is no device; `bench` writes out/gpu-bench.jsonl (and PyTorch's SDPA on
+# tools/gpu.sh test|sanitize|bench: what needs an NVIDIA GPU, on the machine it is on. `test` runs the GPU
+# tests, which fail here where there is no device; `sanitize [TOOL [GTEST_FILTER]]` runs each test of
+# the kernels under compute-sanitizer (memcheck), eight at a time and THRIFTATTN_SANITIZE_SECONDS (300)
+# each at most, logs in out/sanitize/; `bench` writes out/gpu-bench.jsonl (and PyTorch's SDPA on
 # the same shapes where it is installed), with date, device, driver and commit on top.
 set -eu
 cd "$(dirname "$0")/.."
@@ -25,6 +27,27 @@ case ${1:-} in
     build/release/tests/test_cli --gtest_filter='CliBench.Device*' || status=1
     exit $status
     ;;
+  sanitize)
+    tool=${2:-memcheck}
+    out=out/sanitize
+    rm -rf "$out"
+    mkdir -p "$out"
+    build/release/tests/test_cuda --gtest_filter="${3:-*}" --gtest_list_tests |
+      awk '/^[^ ]/ { suite = $1; next } { print suite $1 }' >"$out/list"
+    xargs -P 8 -I '{}' sh -c '
+      log=$0/$(printf %s "$2" | tr / _).log
+      code=0
+      timeout "$3" compute-sanitizer --tool "$1" --error-exitcode 9 \
+        build/release/tests/test_cuda --gtest_filter="$2" >"$log" 2>&1 || code=$?
+      echo "exit status $code" >>"$log"
+      case $code in 0) ;; 124) echo "NOT FINISHED $2" ;; *) echo "FAILED $2 ($log)" ;; esac
+    ' "$out" "$tool" '{}' "${THRIFTATTN_SANITIZE_SECONDS:-300}" <"$out/list"
+    passed=$(grep -lx 'exit status 0' "$out"/*.log | wc -l)
+    late=$(grep -lx 'exit status 124' "$out"/*.log | wc -l)
+    failed=$(($(wc -l <"$out/list") - passed - late))
+    echo "$tool: $passed passed, $failed failed, $late not finished"
+    [ "$failed" = 0 ] && [ "$late" = 0 ]
+    ;;
   bench)
     mkdir -p out
     rows=out/gpu-bench.jsonl
@@ -43,7 +66,7 @@ case ${1:-} in
     exit $status
     ;;
   *)
-    echo "usage: tools/gpu.sh test|bench" >&2
+    echo "usage: tools/gpu.sh test|sanitize|bench" >&2
     exit 2
     ;;
 esac

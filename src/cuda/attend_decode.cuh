@@ -11,12 +11,23 @@
 namespace thriftattn::cuda {
 
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::run() {
+__device__ void DecodeWarp<D, NT, Shared>::begin(RowCopies& copies) {
   sort_items();
+  const uint32_t words = __ballot_sync(0xffffffffu, simple_ != 0);
+  if (kGroups || words == 0) return;
+  const int base = 32 * (__ffs(static_cast<int>(words)) - 1);
+  if (a_.g.k.kind == SideKind::fp8) return begin_rows<Fp8Rows<D>>(base, copies);
+  begin_rows<BrainRows16<D>>(base, copies);
+}
+
+template <int D, int NT, class Shared>
+__device__ void DecodeWarp<D, NT, Shared>::run(RowCopies& copies) {
   if constexpr (kGroups) {
     walk_groups();
+  } else if (a_.g.k.kind == SideKind::fp8) {
+    walk_rows<Fp8Rows<D>>(copies);
   } else {
-    walk_rows();
+    walk_rows<BrainRows16<D>>(copies);
   }
   if (others_ == 0 && !__any_sync(0xffffffffu, noted_ != 0)) return;
   // A function of its own, on a copy of its own, so that registers are shared out among the walks
@@ -95,14 +106,29 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   const int head = blockIdx.x / a.row_tiles, tile = blockIdx.x % a.row_tiles;
   const int64_t seq_head = int64_t{seq} * a.g.kv_heads + head;
   const int warp = threadIdx.x / 32;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  // Pages and tables of rows are there before attend_prepare has begun; the residuals that a budget
+  // chose are not.
+  const bool early = !a.g.any_layered();
+  if (!early) wait_for_previous_kernel();
   int splits;
   {
     const TileView v = tile_view(a, seq, tile);
     splits = static_cast<int>(splits_of(v.items, a.split_rule));
-    if (split >= splits) return;
+    if (split >= splits) return wait_for_previous_kernel();  // so that kernels end in their order
     if (threadIdx.x == 0) shared.rows.view = v;
+  }
+  __syncthreads();
+  using OfWarp = WarpShared<D, NT, kGroups>;
+  using Warp = DecodeWarp<D, NT, OfWarp>;
+  Warp::init(shared.warps[warp], threadIdx.x % 32);
+  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, {split, splits, warp, kWarps}),
+              shared.warps[warp]);
+  typename Warp::RowCopies copies;
+  decode.begin(copies);
+  if (early) wait_for_previous_kernel();
+  let_next_kernel_start();
+  {
+    const TileView& v = shared.rows.view;
     for (int r = threadIdx.x; r < 8 * NT; r += 32 * kWarps) {
       const int row = v.first_row + r;
       const bool real = row < v.end_row;
@@ -111,18 +137,14 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
           real ? workspace_at<const float>(a, a.ws.row_factor)[seq_head * a.ws.rows + row] : 0.0f;
       if (!real) shared.rows.floor[r] = INFINITY;
     }
-    for (int row = v.first_row + warp; row < v.end_row; row += kWarps) {
+    // Only pages that may be promoted or skipped are held against floors.
+    for (int row = v.first_row + warp; !early && row < v.end_row; row += kWarps) {
       const float floor = row_floor<32>(a, seq_head, row, head * a.g.group + row % a.g.group);
       if (threadIdx.x % 32 == 0) shared.rows.floor[row - v.first_row] = floor;
     }
   }
   __syncthreads();
-  using OfWarp = WarpShared<D, NT, kGroups>;
-  using Warp = DecodeWarp<D, NT, OfWarp>;
-  Warp::init(shared.warps[warp], threadIdx.x % 32);
-  Warp decode(ItemWalk<D, NT>(a, shared.rows, head, tile, seq, {split, splits, warp, kWarps}),
-              shared.warps[warp]);
-  decode.run();
+  decode.run(copies);
 
   // In place of the warp's own K: barriers must not be written over. Where they were, a kernel that
   // lost the device to another process in the meantime found them again in its sums.

@@ -28,6 +28,18 @@ __device__ void DecodeWarp<D, NT, Shared>::take_factors(const Pending& p, float 
   if (__any_sync(0xffffffffu, moved)) scale_output<D, NT>(move, o_);
 }
 
+// Clears the rows of a stage of V from `from` on.
+template <int D, int NT, class Shared>
+template <class Rows>
+__device__ void DecodeWarp<D, NT, Shared>::clear_rows(uint8_t* stage, int from) const {
+  if (from >= Rows::kRows) return;
+  for (int i = from * Rows::kStride / 4 + lane_; i < Rows::kRows * Rows::kStride / 4; i += 32) {
+    reinterpret_cast<uint32_t*>(stage)[i] = 0;
+  }
+  fence_stores_before_copies();
+  __syncwarp();
+}
+
 // 16 rows of V, of tokens 16 * slice on.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows,
@@ -81,8 +93,9 @@ __device__ void DecodeWarp<D, NT, Shared>::values_bf16(const uint8_t* rows,
 
 // 32 rows of V, of tokens 32 * unit on.
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const Pending& p,
-                                                      int unit, const float (&f)[2 * NT]) {
+__device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows,
+                                                      const uint32_t (&p)[4][NT][2], int unit,
+                                                      const float (&f)[2 * NT]) {
   constexpr int kWords = D / 64;
   // The scales of the rows go into P, relative to the largest.
   const int t0 = 2 * j_ + (j_ & 1);
@@ -109,7 +122,7 @@ __device__ void DecodeWarp<D, NT, Shared>::values_fp8(const uint8_t* rows, const
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float2 y = __half22float2(reinterpret_cast<const __half2&>(p.p[i][n][h]));
+        const float2 y = __half22float2(reinterpret_cast<const __half2&>(p[i][n][h]));
         const __half2 z =
             __floats2half2_rn(y.x * (scale[i % 2][h].x / top), y.y * (scale[i % 2][h].y / top));
         pt[i % 2][n][h] = reinterpret_cast<const uint32_t&>(z);
@@ -187,17 +200,13 @@ __device__ void DecodeWarp<D, NT, Shared>::values(Pending& p, Pending& next) {
     } else {
       // Rows that do not exist have P = 0, but their bytes may be anything.
       const bool fp8 = a_.g.v.kind == SideKind::fp8;
-      const int per = fp8 ? 32 : 16, stride = fp8 ? D + 4 : StageSizes<D>::kRowStride;
-      if (note.held() < per * (u + 1)) {
-        const int from = (note.held() - per * u) * stride;
-        for (int i = from / 4 + lane_; i < per * stride / 4; i += 32) {
-          reinterpret_cast<uint32_t*>(at)[i] = 0;
-        }
-        fence_stores_before_copies();
-        __syncwarp();
+      if (fp8) {
+        clear_rows<Fp8Rows<D>>(at, note.held() - 32 * u);
+      } else {
+        clear_rows<BrainRows16<D>>(at, note.held() - 16 * u);
       }
       if (fp8) {
-        values_fp8(at, p, u, f);
+        values_fp8(at, p.p, u, f);
       } else {
         values_bf16(at, p.p, u, f);
       }

@@ -86,65 +86,99 @@ __device__ void DecodeWarp<D, NT, Shared>::write_tile_decisions(int page, Decisi
   }
 }
 
-// Whole pages of BF16 rows.
+// The next stage of K or of V: of the first item ahead.
 template <int D, int NT, class Shared>
-__device__ void DecodeWarp<D, NT, Shared>::walk_rows() {
+template <class Rows>
+__device__ void DecodeWarp<D, NT, Shared>::fetch_rows(const SideGeometry& side, bool keys,
+                                                      RowCopies& copies) {
+  uint32_t& ahead = keys ? copies.k_ahead : copies.v_ahead;
+  int& unit = keys ? copies.k_unit : copies.v_unit;
+  int& issued = keys ? k_issued_ : v_issued_;
+  if (ahead == 0) return;
+  const int slot = __shfl_sync(0xffffffffu, copies.note.slot, __ffs(static_cast<int>(ahead)) - 1);
+  const int stage = issued % kRing;
+  const StageCopy copy{keys ? &s_.k_bar[stage] : &s_.v_bar[stage], lane_};
+  uint8_t* to = keys ? s_.k[stage] : s_.v[stage];
+  const uint8_t* from = side_at(side, slot) + side.rows;
+  const int held = copies.base == 0 && (ahead & 1) != 0 ? tail_ : kPage;
+  const int rows = min(Rows::kRows, held - unit * Rows::kRows);
+  if constexpr (Rows::kKind == SideKind::fp8) {
+    // Whole 16 bytes; the slot goes on behind the last row.
+    const int bytes = (rows * Rows::kStride + 15) / 16 * 16;
+    copy.begin(bytes);
+    copy.copy_once(to, from + unit * Rows::kRows * Rows::kStride, bytes);
+  } else {
+    copy.begin(rows * 2 * D);
+    copy.template copy<true>(to, Rows::kStride, from + unit * Rows::kRows * 2 * D, 2 * D, 2 * D, rows);
+  }
+  copy.end();
+  ++issued;
+  if (++unit * Rows::kRows >= held) {
+    unit = 0;
+    ahead &= ahead - 1;
+  }
+}
+
+template <int D, int NT, class Shared>
+template <class Rows>
+__device__ void DecodeWarp<D, NT, Shared>::begin_rows(int base, RowCopies& copies) {
+  copies = RowCopies{.base = base};
+  if (exists(base + lane_)) copies.note = describe(base + lane_);
+  copies.k_ahead = copies.v_ahead = __shfl_sync(0xffffffffu, simple_, base / 32);
+  for (int i = 0; i < kRing; ++i) {
+    fetch_rows<Rows>(a_.g.k, true, copies);
+    fetch_rows<Rows>(a_.g.v, false, copies);
+  }
+}
+
+// Pages of rows: whole, and the last one of one position.
+template <int D, int NT, class Shared>
+template <class Rows>
+__device__ void DecodeWarp<D, NT, Shared>::walk_rows(RowCopies& copies) {
+  constexpr int kUnits = kPage / Rows::kRows;
   for (int base = 0; base < items_; base += 32) {
     const uint32_t items = __shfl_sync(0xffffffffu, simple_, base / 32);
     if (items == 0) continue;
     begin_walk();
-    ItemNote mine;
-    if (exists(base + lane_)) mine = describe(base + lane_);
-    uint32_t k_ahead = items, v_ahead = items;
-    int k_unit = 0, v_unit = 0;
-    const auto fetch = [&](const SideGeometry& side, uint64_t* bars, uint8_t* to, uint32_t& ahead,
-                           int& unit, int& issued) {
-      if (ahead == 0) return;
-      const int slot = __shfl_sync(0xffffffffu, mine.slot, __ffs(static_cast<int>(ahead)) - 1);
-      const StageCopy copy{&bars[issued % kRing], lane_};
-      copy.begin(16 * 2 * D);
-      copy.copy(to, StageSizes<D>::kRowStride, side_at(side, slot) + side.rows + unit * 16 * 2 * D,
-                2 * D, 2 * D, 16);
-      copy.end();
-      ++issued;
-      if (++unit == 4) {
-        unit = 0;
-        ahead &= ahead - 1;
-      }
-    };
-    const auto fetch_k = [&] {
-      fetch(a_.g.k, s_.k_bar, s_.k[k_issued_ % kRing], k_ahead, k_unit, k_issued_);
-    };
-    const auto fetch_v = [&] {
-      fetch(a_.g.v, s_.v_bar, s_.v[v_issued_ % kRing], v_ahead, v_unit, v_issued_);
-    };
-    for (int i = 0; i < kRing; ++i) {
-      fetch_k();
-      fetch_v();
-    }
+    if (copies.base != base) begin_rows<Rows>(base, copies);
     for (uint32_t left = items; left != 0; left &= left - 1) {
+      const int held = base == 0 && (left & 1) != 0 ? tail_ : kPage;
       uint32_t p[4][NT][2];
       float s[4][NT][4], sum[2 * NT], factor[2 * NT] = {};
+      clear(s);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-#pragma unroll
-        for (int t = 0; t < NT; ++t) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[u][t][e] = 0;
-        }
+      for (int u = 0; u < kUnits; ++u) {
+        if (u * Rows::kRows >= held) continue;
         const int stage = k_used_ % kRing;
         barrier_wait(&s_.k_bar[stage], k_used_ / kRing & 1);
-        scores_bf16(s_.k[stage], s[u]);
+        if constexpr (Rows::kKind == SideKind::fp8) {
+          scores_fp8(s_.k[stage], 0, s[2 * u]);
+          scores_fp8(s_.k[stage], 1, s[2 * u + 1]);
+        } else {
+          scores_bf16(s_.k[stage], s[u]);
+        }
         ++k_used_;
         __syncwarp();
-        fetch_k();
+        fetch_rows<Rows>(a_.g.k, true, copies);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int c = 0; c < 2 * NT; ++c) {
+        const int t = c / 2, e = c & 1;
+        const float f = Rows::kKind == SideKind::fp8 ? b_.row_factor[column_row(c)] : 1.0f;
 #pragma unroll
-        for (int t = 0; t < NT; ++t) {
+        for (int i = 0; i < 4; ++i) {
+          s[i][t][e] = fmaf(s[i][t][e], f, 8.0f - m_[c]);
+          s[i][t][e + 2] = fmaf(s[i][t][e + 2], f, 8.0f - m_[c]);
+        }
+      }
+      if (held != kPage) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[i][t][e] += 8.0f - m_[2 * t + (e & 1)];
+        for (int k = 0; k < 8; ++k) {
+          if (8 * k + perm_ < held) continue;
+#pragma unroll
+          for (int t = 0; t < NT; ++t) {
+            s[k / 2][t][2 * (k & 1)] = s[k / 2][t][2 * (k & 1) + 1] = -INFINITY;
+          }
         }
       }
       weigh(s, p, sum, factor);  // nothing waits
@@ -154,13 +188,20 @@ __device__ void DecodeWarp<D, NT, Shared>::walk_rows() {
         factor[c] = 0x1p-8f;
       }
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
+      for (int u = 0; u < kUnits; ++u) {
+        if (u * Rows::kRows >= held) continue;
         const int stage = v_used_ % kRing;
         barrier_wait(&s_.v_bar[stage], v_used_ / kRing & 1);
-        values_bf16(s_.v[stage], p, u, factor);
+        // Rows that do not exist have P = 0, but their bytes may be anything.
+        clear_rows<Rows>(s_.v[stage], held - u * Rows::kRows);
+        if constexpr (Rows::kKind == SideKind::fp8) {
+          values_fp8(s_.v[stage], p, u, factor);
+        } else {
+          values_bf16(s_.v[stage], p, u, factor);
+        }
         ++v_used_;
         __syncwarp();
-        fetch_v();
+        fetch_rows<Rows>(a_.g.v, false, copies);
       }
       if (a_.call.decisions != nullptr) {
         const int bit = __ffs(static_cast<int>(left)) - 1;

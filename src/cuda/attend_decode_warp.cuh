@@ -11,10 +11,11 @@
 // j * D/4 ... as whole words, and of V, dims g * D/8 ... of tokens 2j, 2j+1, 2j+8, 2j+9. Row r of
 // 16 tokens is token r ^ (r >> 1 & 1): so V's four rows fall on different banks.
 //
-// Whole pages of BF16 rows go through a short loop of their own (attend_decode_walk.cuh), with one
-// running softmax reference, and so do those of planes of which one has groups of 32
-// (attend_groups_walk.cuh); the rest - the open page, pages that a window cuts, other formats,
-// rows that differ - through walk_rest(), where each page has a reference of its own. Where both
+// Whole pages of BF16 or FP8 rows, and the last page of a step of one position, go through a short
+// loop of their own (attend_decode_walk.cuh), with one running softmax reference, and so do those of
+// planes of which one has groups of 32 (attend_groups_walk.cuh); the rest - the open page, pages that
+// a window cuts, sides that differ, rows that differ - through walk_rest(), where each page has a
+// reference of its own. Where both
 // sides are NVFP4 planes, attend_planes takes the whole pages and calls this for the rest. O is
 // FP32 and takes a page with one factor a row, into which the page scale goes. A row that skips a
 // page has factor 0 but still adds mass * mean(V). V is fetched after the decision, one page behind
@@ -42,6 +43,18 @@ struct StageSizes {
   static constexpr int kK = 36 * D;              // a plane; 16 BF16 rows; 32 FP8 rows
   static constexpr int kV = 38 * D;              // and V's mean
   static_assert(16 * kRowStride <= kK && 32 * (D + 4) <= kK);
+};
+
+// Rows of a stage, as a plain side stores them.
+template <int D>
+struct BrainRows16 {
+  static constexpr SideKind kKind = SideKind::bf16;
+  static constexpr int kRows = 16, kStride = StageSizes<D>::kRowStride;
+};
+template <int D>
+struct Fp8Rows {
+  static constexpr SideKind kKind = SideKind::fp8;
+  static constexpr int kRows = 32, kStride = D + 4;
 };
 
 template <int D, int NT, bool kWithGroups>
@@ -89,7 +102,17 @@ class DecodeWarp : ItemWalk<D, NT> {
     __syncwarp();
   }
 
-  __device__ void run();
+  // Copies ahead of walk_rows(): of the items base ... base + 31.
+  struct RowCopies {
+    int base = -1;
+    ItemNote note;                        // of item base + lane
+    uint32_t k_ahead = 0, v_ahead = 0;    // items that are not copied yet, one a bit
+    int k_unit = 0, v_unit = 0;           // stages of the first of them
+  };
+  // What needs nothing of attend_prepare: sorts the items, and where they are rows starts the first
+  // copies. Then run().
+  __device__ void begin(RowCopies& copies);
+  __device__ void run(RowCopies& copies);
   __device__ void leave(float* to) const;
 
   // For a warp that has walked all but `other`: lane i holds bits for the items 32 i ... . used_k,
@@ -172,7 +195,14 @@ class DecodeWarp : ItemWalk<D, NT> {
       }
     }
   }
-  __device__ void walk_rows();
+  template <class Rows>
+  __device__ void begin_rows(int base, RowCopies& copies);
+  template <class Rows>
+  __device__ void fetch_rows(const SideGeometry& side, bool keys, RowCopies& copies);
+  template <class Rows>
+  __device__ void walk_rows(RowCopies& copies);
+  template <class Rows>
+  __device__ void clear_rows(uint8_t* stage, int from) const;
   __device__ void walk_groups();
   // The first page is weighed relative to 0, and sets the reference.
   __device__ void begin_walk() {
@@ -206,7 +236,7 @@ class DecodeWarp : ItemWalk<D, NT> {
   __device__ void values(Pending& p, Pending& next);
   __device__ void values_bf16(const uint8_t* rows, const uint32_t (&p)[4][NT][2], int slice,
                               const float (&f)[2 * NT]);
-  __device__ void values_fp8(const uint8_t* rows, const Pending& p, int slice,
+  __device__ void values_fp8(const uint8_t* rows, const uint32_t (&p)[4][NT][2], int unit,
                              const float (&f)[2 * NT]);
 
   Shared& s_;
@@ -214,6 +244,7 @@ class DecodeWarp : ItemWalk<D, NT> {
   int others_ = 0;     // of these, not simple: each is looked at by itself
   int again_ = 0;      // read again after them
   bool fresh_ = true;  // no walk has weighed a page
+  int tail_ = kPage;   // tokens of the walk's first item, where that is a page in part
   // Lane i holds bits for the items 32 i ... of the walk.
   uint32_t simple_ = 0;  // whole and alike for all rows: the walks below
   uint32_t other_ = 0;   // the rest
@@ -230,9 +261,8 @@ class DecodeWarp : ItemWalk<D, NT> {
 // Tells simple items from others.
 template <int D, int NT, class Shared>
 __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
-  const bool kinds = kGroups ? a_.g.k.layered() && a_.g.v.layered()
-                             : a_.g.k.kind == SideKind::bf16 && a_.g.v.kind == SideKind::bf16;
-  const bool walks = kinds && a_.softcap == 0;
+  const bool rows = !kGroups && a_.g.k.kind == a_.g.v.kind && !a_.g.k.layered();
+  const bool walks = (kGroups ? a_.g.k.layered() && a_.g.v.layered() : rows) && a_.softcap == 0;
   // What several positions may promote, or some of them do by budget, is decide()'s; a page that is
   // only skipped is so for the tile.
   const int decided = (v_.i_first == v_.i_last ? 0 : kItemPromotable) | kItemChosen;
@@ -243,6 +273,12 @@ __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
       const int flags = describe(n).flags;
       simple =
           (flags & (kItemKind | kItemMixed | kItemWhole | decided)) == (kItemSealed | kItemWhole);
+      if (!simple && rows && n == 0 && Base::first_ == 0 && v_.i_first == v_.i_last) {
+        // The last page, of which the one position sees the first tokens.
+        const int page = item_page(item_of(0));
+        simple = page * kPage >= v_.begin(v_.i_first);
+        if (simple) tail_ = min(kPage, v_.end(v_.i_first) - page * kPage);
+      }
     }
     const uint32_t chosen = __ballot_sync(0xffffffffu, simple);
     const uint32_t exist = __ballot_sync(0xffffffffu, exists(n));
@@ -252,7 +288,7 @@ __device__ void DecodeWarp<D, NT, Shared>::sort_items() {
     }
     others_ += __popc(exist & ~chosen);
   }
-  __syncwarp();
+  tail_ = __shfl_sync(0xffffffffu, tail_, 0);
 }
 
 // Notes the next item that is not simple, or of those to be read again; false at the end.

@@ -328,7 +328,8 @@ class PageScores : protected ItemWalk<D, NT> {
       if (flags & kChosen) promoted = s_.page.noted_rows[bit];
       if (promoted != 0) {
         noted_ |= 1u << bit;
-        if (lane_ == 0) s_.page.noted_rows[bit] = promoted;
+        // What a budget chose stands there already, and other lanes may be reading it.
+        if (lane_ == 0 && !(flags & kChosen)) s_.page.noted_rows[bit] = promoted;
         share.rows &= ~promoted;
       }
     }

@@ -51,7 +51,9 @@ __device__ int load_queries(const AttendArgs& a, const TileView& v, int head, ui
   bool left = false;
   for (int r = threadIdx.x / 32; r < kPrefillRows; r += kThreads / 32) {
     float x[D / 32] = {};
-    if (v.first_row + r < v.end_row) transform_row(a, v, head, v.first_row + r, lane, x);
+    if (v.first_row + r < v.end_row) {
+      transform_row(a, read_row<D / 32>(a, v, head, v.first_row + r, lane), lane, x);
+    }
     const int exponent = row_exponent(x);
     const float up = exp2f(static_cast<float>(exponent));
     if (lane == 0) {

@@ -9,44 +9,6 @@
 
 namespace thriftattn::cuda {
 
-// Elements i + 32 r of q, with all loads under way at once.
-template <int Regs>
-__device__ inline void load_q(const AttendCall& c, int64_t i, float (&x)[Regs]) {
-  if (c.q_element == Element::f32) {
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) x[r] = static_cast<const float*>(c.q)[i + 32 * r];
-    return;
-  }
-  uint16_t bits[Regs];
-#pragma unroll
-  for (int r = 0; r < Regs; ++r) bits[r] = static_cast<const uint16_t*>(c.q)[i + 32 * r];
-  const bool bf16 = c.q_element == Element::bf16;
-#pragma unroll
-  for (int r = 0; r < Regs; ++r) x[r] = bf16 ? bf16_to_f32(bits[r]) : fp16_to_f32(bits[r]);
-}
-
-// q' of one row by one warp, element r * 32 + lane in x[r]: H (q / s).
-template <int Regs>
-__device__ inline void transform_row(const AttendArgs& a, const TileView& v, int head, int row,
-                                     int lane, float (&x)[Regs]) {
-  constexpr int kDim = 32 * Regs;
-  const int i = row / a.g.group, g = row % a.g.group;
-  const int64_t stride =
-      a.call.q_token_stride ? a.call.q_token_stride : int64_t{a.g.kv_heads} * a.g.group * kDim;
-  const int64_t at =
-      (v.t.first_row + a.first_q + i) * stride + (int64_t{head} * a.g.group + g) * kDim;
-  const float* s = a.g.k.layered() ? a.call.memory.equalizer : nullptr;
-  load_q(a.call, at + lane, x);
-  if (s != nullptr) {
-    float by[Regs];
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) by[r] = s[head * kDim + r * 32 + lane];
-#pragma unroll
-    for (int r = 0; r < Regs; ++r) x[r] /= by[r];
-  }
-  if (a.g.k.layered() && a.g.rotate) hadamard_row(x, lane, a.hadamard_factor);
-}
-
 __device__ inline uint32_t read_now(const uint32_t* from) {
   return static_cast<uint32_t>(read_now(reinterpret_cast<const int32_t*>(from)));
 }

@@ -32,12 +32,19 @@ struct StageCopy {
     if (lane == 0) barrier_arrive_expect(bar, bytes);
 #endif
   }
-  // `count` pieces of `bytes` (a multiple of 16), strides apart; 16-byte aligned.
+  // `count` pieces of `bytes` (a multiple of 16), strides apart; 16-byte aligned. kOnce: of bytes that
+  // nobody reads again soon.
+  template <bool kOnce = false>
   __device__ void copy(uint8_t* to, int to_stride, const uint8_t* from, int64_t from_stride,
                        int bytes, int count) const {
 #ifdef THRIFTATTN_SM90
     if (lane < count) {
-      bulk_load(shared_address(to + lane * to_stride), from + lane * from_stride, bytes, bar);
+      const uint32_t at = shared_address(to + lane * to_stride);
+      if constexpr (kOnce) {
+        bulk_load_once(at, from + lane * from_stride, bytes, bar);
+      } else {
+        bulk_load(at, from + lane * from_stride, bytes, bar);
+      }
     }
 #else
     const int per = bytes / 16;
@@ -47,7 +54,7 @@ struct StageCopy {
     }
 #endif
   }
-  // One piece, likewise, of bytes that nobody reads again soon.
+  // One piece, likewise.
   __device__ void copy_once(uint8_t* to, const uint8_t* from, int bytes) const {
 #ifdef THRIFTATTN_SM90
     if (lane == 0) bulk_load_once(shared_address(to), from, bytes, bar);

@@ -2,7 +2,7 @@
 // as exact as the CPU's whatever the order.
 #include <cuda_bf16.h>
 
-#include "cuda/checks.h"
+#include "cuda/dependent_launch.cuh"
 #include "engine/device_ops.h"
 
 namespace thriftattn::device {
@@ -203,44 +203,42 @@ __global__ void __launch_bounds__(kThreads) count_reads_kernel(const CountArgs a
   add_count(&a.counts->skipped, skipped);
 }
 
+template <class... Args>
+void launch(void (*kernel)(Args...), unsigned blocks, Stream stream, const char* name,
+            const std::type_identity_t<Args>&... args) {
+  cuda::launch_kernel(kernel, {dim3(blocks), dim3(kThreads), 0}, stream, name, args...);
+}
+
 }  // namespace
 
 void rms_norm(const NormArgs& args, Stream stream) {
-  rms_norm_kernel<<<static_cast<unsigned>(args.tokens), kThreads, 0, stream>>>(args);
-  cuda::check_launch("rms_norm");
+  launch(rms_norm_kernel, static_cast<unsigned>(args.tokens), stream, "rms_norm", args);
 }
 
 void add_to_stream(const AddArgs& args, Stream stream) {
-  add_to_stream_kernel<<<static_cast<unsigned>(args.tokens), kThreads, 0, stream>>>(args);
-  cuda::check_launch("add_to_stream");
+  launch(add_to_stream_kernel, static_cast<unsigned>(args.tokens), stream, "add_to_stream", args);
 }
 
 void finish_qkv(const QkvArgs& args, Stream stream) {
   const int64_t heads = args.q_heads + 2 * args.kv_heads;
-  finish_qkv_kernel<<<blocks_of(args.tokens * heads * 32), kThreads, 0, stream>>>(args);
-  cuda::check_launch("finish_qkv");
+  launch(finish_qkv_kernel, blocks_of(args.tokens * heads * 32), stream, "finish_qkv", args);
 }
 
 void gated_activation(Activation activation, const float* gate_up, int64_t tokens, int64_t ff,
                       Operand out, Stream stream) {
-  gated_activation_kernel<<<blocks_of(tokens * ff), kThreads, 0, stream>>>(activation, gate_up,
-                                                                           tokens, ff, out);
-  cuda::check_launch("gated_activation");
+  launch(gated_activation_kernel, blocks_of(tokens * ff), stream, "gated_activation", activation, gate_up, tokens, ff, out);
 }
 
 void soft_cap(float* x, int64_t count, float cap, Stream stream) {
-  soft_cap_kernel<<<blocks_of(count), kThreads, 0, stream>>>(x, count, cap);
-  cuda::check_launch("soft_cap");
+  launch(soft_cap_kernel, blocks_of(count), stream, "soft_cap", x, count, cap);
 }
 
 void narrow(const float* x, int64_t count, Operand out, Stream stream) {
-  narrow_kernel<<<blocks_of(count), kThreads, 0, stream>>>(x, count, out);
-  cuda::check_launch("narrow");
+  launch(narrow_kernel, blocks_of(count), stream, "narrow", x, count, out);
 }
 
 void count_reads(const CountArgs& args, Stream stream) {
-  count_reads_kernel<<<blocks_of(args.tokens * args.kv_heads * 32), kThreads, 0, stream>>>(args);
-  cuda::check_launch("count_reads");
+  launch(count_reads_kernel, blocks_of(args.tokens * args.kv_heads * 32), stream, "count_reads", args);
 }
 
 }  // namespace thriftattn::device

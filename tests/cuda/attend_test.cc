@@ -216,32 +216,90 @@ TEST(CudaAttend, SlotsBeyond2To31Bytes) {
 }
 
 #ifdef THRIFTATTN_WITH_CUDA
+// A case's step, captured.
+class Captured {
+ public:
+  explicit Captured(DeviceCase& c) : case_(c) {
+    cudaGraph_t graph = nullptr;
+    EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
+    EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    cuda::attend(c.plan(), c.call(), stream_);
+    EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&exec_, graph, 0), cudaSuccess);
+    cudaGraphDestroy(graph);
+  }
+  ~Captured() {
+    cudaGraphExecDestroy(exec_);
+    cudaStreamDestroy(stream_);
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+  DeviceCase::Result replay() {
+    cuda::synchronize(nullptr);
+    EXPECT_EQ(cudaGraphLaunch(exec_, stream_), cudaSuccess);
+    cuda::synchronize(stream_);
+    return case_.read();
+  }
+
+ private:
+  DeviceCase& case_;
+  cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
 // The first of the lengths is the case's own.
 void replay_lengths(DeviceCase& c, std::vector<int32_t> lengths) {
   const auto longest = c.attend();
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-  cuda::attend(c.plan(), c.call(), stream);
-  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-  ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  Captured step(c);
   lengths.push_back(lengths.front());
   for (const int32_t length : lengths) {
     c.lengths()[0] = length;
-    cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, stream);
-    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
-    cuda::synchronize(stream);
-    const auto replayed = c.read();
+    cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, nullptr);
+    const auto replayed = step.replay();
     const auto direct = c.attend();
     ASSERT_EQ(std::memcmp(replayed.out.data(), direct.out.data(), direct.out.size() * 4), 0) << length;
     const bool same = std::memcmp(direct.out.data(), longest.out.data(), direct.out.size() * 4) == 0;
     EXPECT_EQ(same, length == lengths.front()) << length;
   }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
+}
+
+// Of every kernel: pages, residuals and open pages lie elsewhere at each replay.
+TEST(CudaAttend, GraphReplayFollowsTheTables) {
+  SKIP_WITHOUT_DEVICE();
+  LayerPolicy int3 = layered_policy(0.05, 0.001);
+  int3.k_format = Format::mxfp4;
+  int3.v_format = Format::int3;
+  const LayerPolicy balanced = layered_policy(0.05, 0.001);
+  struct Step {
+    const char* name;
+    LayerPolicy policy;
+    int64_t queries;
+    AttendMode mode;
+  };
+  const Step steps[] = {{"planes", balanced, 1, AttendMode::decode},
+                        {"planes, 8 positions", balanced, 8, AttendMode::decode},
+                        {"groups", int3, 1, AttendMode::decode},
+                        {"BF16 rows", plain_policy(Format::bf16), 1, AttendMode::decode},
+                        {"FP8 rows", plain_policy(Format::fp8_e4m3), 1, AttendMode::decode},
+                        {"FP8 rows, 3 positions", plain_policy(Format::fp8_e4m3), 3, AttendMode::decode},
+                        {"prefill", balanced, 70, AttendMode::prefill},
+                        {"prefill of BF16 rows", plain_policy(Format::bf16), 70, AttendMode::prefill}};
+  for (const Step& s : steps) {
+    SCOPED_TRACE(s.name);
+    CaseOptions o = decode_options(s.policy, 700, s.queries);
+    o.mode = s.mode;
+    DeviceCase c({o, o});
+    const auto direct = c.attend();
+    Captured step(c);
+    for (int i = 0; i < 2; ++i) {
+      c.reverse_slots();
+      const auto replayed = step.replay();
+      EXPECT_EQ(std::memcmp(replayed.out.data(), direct.out.data(), direct.out.size() * 4), 0) << i;
+      EXPECT_EQ(std::memcmp(replayed.lse.data(), direct.lse.data(), direct.lse.size() * 4), 0) << i;
+      EXPECT_EQ(replayed.decisions, direct.decisions) << i;
+    }
+    c.check(s.name, kTightCuda);
+  }
 }
 
 TEST(CudaAttend, GraphReplayFollowsTheLengths) {

@@ -83,6 +83,9 @@ class DeviceCase {
   void narrow_queries();
   // Moves the pages `slots` slots up in a pool as much larger.
   void move_pages(int64_t slots);
+  // Puts every page, residual and open page into another slot, where the pools and tables are: what a
+  // captured graph has to follow.
+  void reverse_slots();
   Result read() const;
 
   // FP64 over the values as stored, with the device's decisions; out and natural-log LSE of the
@@ -248,6 +251,27 @@ inline void DeviceCase::move_pages(int64_t slots) {
   pages_ = std::move(larger);
   for (int32_t& id : host_blocks_) id += id >= 0 ? static_cast<int32_t>(slots) : 0;
   blocks_ = to_device(host_blocks_);
+}
+
+inline void DeviceCase::reverse_slots() {
+  const cuda::SlotSizes sizes = cuda::slot_sizes(shape(), policy());
+  const auto reverse = [](cuda::DeviceMemory& pool, int64_t slot, cuda::DeviceMemory& table) {
+    if (slot == 0) return;
+    const int64_t slots = pool.bytes() / slot;
+    const auto from = to_host<uint8_t>(pool, static_cast<size_t>(slots * slot));
+    std::vector<uint8_t> to(from.size());
+    for (int64_t i = 0; i < slots; ++i) {
+      std::copy_n(from.begin() + i * slot, slot, to.begin() + (slots - 1 - i) * slot);
+    }
+    auto ids = to_host<int32_t>(table, static_cast<size_t>(table.bytes() / 4));
+    for (int32_t& id : ids) id = id < 0 ? id : static_cast<int32_t>(slots) - 1 - id;
+    cuda::copy_to_device(pool.data(), to.data(), static_cast<int64_t>(to.size()), nullptr);
+    cuda::copy_to_device(table.data(), ids.data(), table.bytes(), nullptr);
+    cuda::synchronize(nullptr);
+  };
+  reverse(pages_, sizes.page, blocks_);
+  reverse(residuals_, sizes.residual, residual_ids_);
+  reverse(open_, sizes.open, open_ids_);
 }
 
 inline cuda::AttendCall DeviceCase::call() {

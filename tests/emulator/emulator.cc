@@ -12,6 +12,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include "emulator/races.h"
+
 namespace thriftattn::emulator {
 namespace {
 
@@ -81,6 +83,9 @@ Machine& machine() {
   return m;
 }
 
+// The running thread's number in its block.
+int number(const Thread& t) { return t.warp->first + t.lane; }
+
 uint32_t seed() {
   const char* text = std::getenv("THRIFTATTN_EMULATOR_SEED");
   return text == nullptr ? 1 : static_cast<uint32_t>(std::strtoul(text, nullptr, 10)) + 1;
@@ -101,7 +106,11 @@ void run_thread() {
 // Until the fiber yields or ends.
 void resume(Machine& m, Fiber& f) {
   m.running = &f;
-  if (setjmp(m.scheduler) != 0) return;
+  if constexpr (races::kOn) races::now_runs(number(f.thread));
+  if (setjmp(m.scheduler) != 0) {
+    if constexpr (races::kOn) races::now_runs(-1);
+    return;
+  }
   if (f.begun) std::longjmp(f.context, 1);
   f.begun = true;
   swapcontext(&m.first_scheduler, &f.first);
@@ -136,6 +145,7 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
     f.first.uc_link = nullptr;
     makecontext(&f.first, run_thread, 0);
   }
+  if constexpr (races::kOn) races::begin_block(threads);
   const size_t warps = block.warps.size();
   size_t asleep = warps;  // a warp; none
   for (int turns = 0; block.running > 0; --turns) {
@@ -165,6 +175,7 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
     if (asleep >= warps) fail("its threads wait for ever");
     asleep = warps;
   }
+  if constexpr (races::kOn) races::end_block();
   if (!block.bulk.empty()) fail("a block ended before its bulk copies");
 }
 
@@ -193,6 +204,7 @@ struct BarrierBits {
   static constexpr uint64_t kCount = (1u << 20) - 1;
   int64_t awaited, count, bytes;
   uint64_t parity;
+  bool completed = false;  // by word(): a phase
   explicit BarrierBits(uint64_t x)
       : awaited(static_cast<int64_t>(x & kCount)),
         count(static_cast<int64_t>(x >> 20 & kCount)),
@@ -203,6 +215,7 @@ struct BarrierBits {
     if (awaited == 0 && bytes == 0) {
       awaited = count;
       parity ^= 1;
+      completed = true;
       moved();
     }
     return static_cast<uint64_t>(awaited) | static_cast<uint64_t>(count) << 20 |
@@ -215,6 +228,7 @@ void tell(uint64_t* bar, int arrivals, int64_t bytes) {
   b.awaited -= arrivals;
   b.bytes += bytes;
   *bar = b.word();
+  if (races::kOn && b.completed) races::complete(bar);
   moved();
 }
 
@@ -273,7 +287,7 @@ void yield() {
   if (setjmp(m.running->context) == 0) std::longjmp(m.scheduler, 1);
 }
 
-const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes) {
+const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes, bool orders) {
   Thread& t = here();
   if ((mask >> t.lane & 1) == 0) fail("a lane that its own mask leaves out");
   auto& place = t.warp->meetings[__builtin_ctz(mask)];
@@ -288,6 +302,11 @@ const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes) {
   const uint32_t generation = m.generation;
   auto* slots = m.slots[generation & 1];
   std::memcpy(slots[t.lane], mine, bytes);
+  const uint64_t meeting = reinterpret_cast<uintptr_t>(&m) + (generation & 1);
+  if (races::kOn && orders) {
+    if (m.arrived == 0) races::open(meeting);
+    races::join(meeting, number(t));
+  }
   if (++m.arrived == __builtin_popcount(mask)) {
     m.arrived = 0;
     ++m.generation;
@@ -295,6 +314,7 @@ const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes) {
   } else {
     while (m.generation == generation) yield();
   }
+  if (races::kOn && orders) races::take(meeting, number(t));
   return slots[0];
 }
 
@@ -309,6 +329,11 @@ bool block_barrier(int id, int threads, bool value) {
   }
   const uint32_t generation = g.generation;
   g.value |= value;
+  const uint64_t meeting = reinterpret_cast<uintptr_t>(&g) + (generation & 1);
+  if constexpr (races::kOn) {
+    if (g.arrived == 0) races::open(meeting);
+    races::join(meeting, number(here()));
+  }
   ++g.arrived;
   while (g.generation == generation) {
     if (g.arrived >= (threads < 0 ? b.running : threads)) {
@@ -320,6 +345,7 @@ bool block_barrier(int id, int threads, bool value) {
     }
     yield();
   }
+  if constexpr (races::kOn) races::take(meeting, number(here()));
   return g.result;
 }
 
@@ -352,12 +378,18 @@ void barrier_init(uint64_t* bar, int count) {
   b.bytes = 0;
   *bar = b.word();
 }
-void barrier_arrive(uint64_t* bar) { tell(bar, 1, 0); }
+void barrier_arrive(uint64_t* bar) {
+  if constexpr (races::kOn) races::give(bar, number(here()));
+  tell(bar, 1, 0);
+}
 void barrier_expect(uint64_t* bar, int bytes) { tell(bar, 0, bytes); }
 void barrier_wait(uint64_t* bar, uint32_t parity) {
   for (;;) {
     finish_for(bar);
-    if (BarrierBits(*bar).parity != (parity & 1)) return;
+    if (BarrierBits(*bar).parity != (parity & 1)) {
+      if constexpr (races::kOn) races::acquire(bar, number(here()));
+      return;
+    }
     yield();
   }
 }
@@ -368,6 +400,10 @@ void bulk_load(uint8_t* to, const uint8_t* from, int bytes, uint64_t* bar) {
     fail("a bulk copy that is not aligned to 16 bytes");
   }
   if (!in_shared(to, bytes)) fail("a bulk copy outside of shared memory");
+  if constexpr (races::kOn) {
+    races::copy_writes(to, static_cast<size_t>(bytes));
+    races::give(bar, number(here()));
+  }
   poison(to, bytes);
   machine().block->bulk.push_back({to, from, bytes, 0, bar, Pending::kBytes});
   moved();
@@ -382,6 +418,7 @@ void bulk_stores_done() {
 
 void copy_async(uint8_t* to, const uint8_t* from, int bytes, int zeros) {
   if (!in_shared(to, bytes + zeros)) fail("an asynchronous copy outside of shared memory");
+  if constexpr (races::kOn) races::copy_writes(to, static_cast<size_t>(bytes + zeros));
   poison(to, bytes + zeros);
   here().groups.back().push_back({to, from, bytes, zeros, nullptr, Pending::kNothing});
 }
@@ -405,6 +442,7 @@ void arrive_after_copies(uint64_t* bar) {
     }
   }
   all.assign(1, {});
+  if constexpr (races::kOn) races::give(bar, number(here()));
   bulk.push_back({nullptr, nullptr, 0, 0, bar, Pending::kArrival});
   moved();
 }

@@ -51,8 +51,8 @@ void yield();
 // ---- lanes that meet
 
 // Each lane of `mask` gives `bytes` and gets those of all, 64 bytes apart, valid until the lane's next
-// meeting but one. `op` tells instructions apart.
-const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes);
+// meeting but one. `op` tells instructions apart; `orders`: what lanes wrote before is seen after.
+const uint8_t* meet(uint32_t mask, int op, const void* mine, size_t bytes, bool orders = false);
 inline constexpr size_t kMeetStride = 64;
 
 template <class T>
@@ -106,7 +106,8 @@ struct Launch {
   std::function<void()> kernel;  // one thread of it
 };
 void run(const Launch& launch);
-// Runs it, or adds it to the graph that the stream captures (runtime.cc).
+// Does it, or adds it to the graph that the stream captures (runtime.cc).
 void launch(cudaStream_t stream, Launch launch);
+void submit(cudaStream_t stream, std::function<void()> work);
 
 }  // namespace thriftattn::emulator

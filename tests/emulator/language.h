@@ -65,7 +65,8 @@ T reduce(uint32_t mask, T x, const F& f) {
 // ---- lanes of a warp
 
 inline void __syncwarp(uint32_t mask = ~0u) {
-  thriftattn::emulator::meet(mask, thriftattn::emulator::kSync, 0);
+  const int nothing = 0;
+  thriftattn::emulator::meet(mask, thriftattn::emulator::kSync, &nothing, sizeof nothing, true);
 }
 template <class T>
 T __shfl_sync(uint32_t mask, T x, int from, int width = 32) {
@@ -123,22 +124,23 @@ inline int __syncthreads_or(int x) { return thriftattn::emulator::block_barrier(
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// ---- atomics: one thread runs at a time
+// ---- atomics: one thread runs at a time; no races (races.h)
 
+#define THRIFTATTN_ATOMIC __attribute__((noinline, no_sanitize("thread")))
 template <class T>
-T atomicAdd(T* at, std::type_identity_t<T> x) {
+THRIFTATTN_ATOMIC T atomicAdd(T* at, std::type_identity_t<T> x) {
   const T before = *at;
   *at = before + x;
   return before;
 }
 template <class T>
-T atomicMin(T* at, std::type_identity_t<T> x) {
+THRIFTATTN_ATOMIC T atomicMin(T* at, std::type_identity_t<T> x) {
   const T before = *at;
   *at = std::min(before, x);
   return before;
 }
 template <class T>
-T atomicMax(T* at, std::type_identity_t<T> x) {
+THRIFTATTN_ATOMIC T atomicMax(T* at, std::type_identity_t<T> x) {
   const T before = *at;
   *at = std::max(before, x);
   return before;

@@ -3,8 +3,11 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -14,20 +17,23 @@
 
 #include "emulator/emulator.h"
 
+using Work = std::vector<std::function<void()>>;
+
 struct CUstream_st {
   bool capturing = false, invalid = false;
-  std::vector<thriftattn::emulator::Launch> captured;
+  Work captured;
 };
 struct CUgraph_st {
-  std::vector<thriftattn::emulator::Launch> launches;
+  Work work;
 };
 struct CUgraphExec_st {
-  std::vector<thriftattn::emulator::Launch> launches;
+  Work work;
+};
+struct CUevent_st {
+  std::chrono::steady_clock::time_point at;
 };
 
 namespace {
-
-using thriftattn::emulator::Launch;
 
 constexpr int kDevices = 2;
 constexpr size_t kMemory = size_t{64} << 30;   // address space, a device
@@ -51,7 +57,7 @@ cudaError_t give(cudaError_t code) {
   return code;
 }
 
-// A step that a capture would have to keep and the emulator's graphs do not.
+// What no capture allows.
 bool refuses(cudaStream_t stream) {
   if (stream == nullptr || !stream->capturing) return false;
   stream->invalid = true;
@@ -62,17 +68,23 @@ bool refuses(cudaStream_t stream) {
 
 namespace thriftattn::emulator {
 
+void submit(cudaStream_t stream, std::function<void()> work) {
+  if (stream != nullptr && stream->invalid) {
+    give(cudaErrorStreamCaptureInvalidated);
+  } else if (stream != nullptr && stream->capturing) {
+    stream->captured.push_back(std::move(work));
+  } else {
+    work();
+  }
+}
+
 void launch(cudaStream_t stream, Launch l) {
   if (l.shared > static_cast<size_t>(kSharedBytes) || l.block.x * l.block.y * l.block.z > 1024) {
     give(cudaErrorInvalidValue);
   } else if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0 || l.grid.y > 65535 || l.grid.z > 65535) {
     give(cudaErrorInvalidConfiguration);
-  } else if (stream != nullptr && stream->invalid) {
-    give(cudaErrorStreamCaptureInvalidated);
-  } else if (stream != nullptr && stream->capturing) {
-    stream->captured.push_back(std::move(l));
   } else {
-    run(l);
+    submit(stream, [l = std::move(l)] { run(l); });
   }
 }
 
@@ -187,13 +199,19 @@ cudaError_t cudaFree(void* at) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t s) {
-  if (refuses(s)) return give(cudaErrorStreamCaptureUnsupported);
-  if (bytes > 0) std::memmove(to, from, bytes);
-  return cudaSuccess;
+  if (bytes > 0) thriftattn::emulator::submit(s, [=] { std::memmove(to, from, bytes); });
+  return t_error;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t s) {
-  if (refuses(s)) return give(cudaErrorStreamCaptureUnsupported);
-  if (bytes > 0) std::memset(to, value, bytes);
+  if (bytes > 0) thriftattn::emulator::submit(s, [=] { std::memset(to, value, bytes); });
+  return t_error;
+}
+cudaError_t cudaMallocHost(void** at, size_t bytes) {
+  *at = std::malloc(bytes);
+  return *at == nullptr ? give(cudaErrorMemoryAllocation) : cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* at) {
+  std::free(at);
   return cudaSuccess;
 }
 
@@ -230,14 +248,15 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   *graph = nullptr;
   if (std::exchange(stream->invalid, false)) return give(cudaErrorStreamCaptureInvalidated);
   *graph = new CUgraph_st{std::move(stream->captured)};
+  stream->captured.clear();
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
-  *exec = new CUgraphExec_st{graph->launches};
+  *exec = new CUgraphExec_st{graph->work};
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
-  for (const Launch& l : exec->launches) thriftattn::emulator::run(l);
+  for (const auto& work : exec->work) work();
   return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
@@ -246,6 +265,27 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
+  return cudaSuccess;
+}
+
+// Events of a capture would be the graph's; nobody asks for the time of these.
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new CUevent_st{std::chrono::steady_clock::now()};
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  thriftattn::emulator::submit(stream, [=] { event->at = std::chrono::steady_clock::now(); });
+  return t_error;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  return cudaEventRecord(event, stream);
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
+  *ms = std::chrono::duration<float, std::milli>(to->at - from->at).count();
   return cudaSuccess;
 }
 

@@ -30,6 +30,10 @@ using test::TinySpec;
 constexpr double kExact = 1e-4;
 // Attention rounds q and P to FP16, the CPU's reference none.
 constexpr double kHalf = 2e-2;
+// Two ways to round P to FP16 turn some of the next layer's BF16 rows by a step, and each such row moves
+// logits: 0.0305 and 0.0324 on the model of ChunksEqualDecode (emulated kernels, GPU), 0.021 to 0.071 on
+// 50 like it (docs/testing.md).
+constexpr double kTurned = 5e-2, kTurnedRms = 4e-3;
 // Another order of FP32 sums turns some codes of a quantised cache, and random weights amplify it: the
 // CPU's own steps of 1 and of 350 tokens are up to 0.1 apart on the same models.
 constexpr double kCodes = 0.2;
@@ -252,20 +256,28 @@ TEST_F(DeviceTest, ChunksEqualDecode) {
   const TinyModel tiny = make_tiny(wide_spec("qwen2"));
   const auto tokens = random_tokens(300, tiny.spec.vocab);
   const Pair pair(tiny.load());
-  const std::pair<const char*, double> cases[] = {
-      {"f32", 2 * kExact}, {"exact", kHalf}, {"thrifty", kCodes}, {"balanced", kCodes},
-      {"paper-budget", kCodes}, {"max-savings", kCodes}};
-  for (const auto& [policy, bound] : cases) {
-    Session whole = pair.on_device(policy), single = pair.on_device(policy);
+  struct Case {
+    const char* policy;
+    double bound, rms;
+  };
+  // Where no layer reads rows of BF16 that an earlier layer's rounding has turned, kHalf holds.
+  const Case cases[] = {{"f32", 2 * kExact, kExact},        {"0:bf16,1:f32", kHalf, kTurnedRms},
+                        {"exact", kTurned, kTurnedRms},     {"thrifty", kCodes, kCodes},
+                        {"balanced", kCodes, kCodes},       {"paper-budget", kCodes, kCodes},
+                        {"max-savings", kCodes, kCodes}};
+  for (const Case& c : cases) {
+    Session whole = pair.on_device(c.policy), single = pair.on_device(c.policy);
     const auto at_once = run(whole, tokens, 300, AttendMode::decode);
     const auto by_one = run(single, tokens, 1, AttendMode::decode);
-    Session near = pair.on_cpu(policy);
+    Session near = pair.on_cpu(c.policy);
     const auto on_cpu = run(near, tokens, 300, AttendMode::decode);
-    EXPECT_LT(largest_difference(by_one, at_once), bound)
-        << policy << "; from the CPU's: " << largest_difference(by_one, on_cpu) << " and "
-        << largest_difference(at_once, on_cpu) << ", RMS " << rms_difference(by_one, at_once) << ", "
-        << rms_difference(by_one, on_cpu) << " and " << rms_difference(at_once, on_cpu);
-    EXPECT_EQ(whole.cache().usage().total(), single.cache().usage().total()) << policy;
+    EXPECT_LT(largest_difference(by_one, at_once), c.bound)
+        << c.policy << "; from the CPU's: " << largest_difference(by_one, on_cpu) << " and "
+        << largest_difference(at_once, on_cpu);
+    EXPECT_LT(rms_difference(by_one, at_once), c.rms)
+        << c.policy << "; from the CPU's: " << rms_difference(by_one, on_cpu) << " and "
+        << rms_difference(at_once, on_cpu);
+    EXPECT_EQ(whole.cache().usage().total(), single.cache().usage().total()) << c.policy;
   }
 }
 

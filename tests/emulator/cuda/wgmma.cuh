@@ -46,7 +46,7 @@ inline void multiply(void* const* given) {
     return *static_cast<const GroupProduct*>(given[thread]);
   };
   const GroupProduct& first = at(0);
-  static float left[64][16], right[16][64], sum[64][64];
+  float left[64][16], right[16][64], sum[64][64];
   for (int row = 0; row < 64; ++row) {
     for (int k = 0; k < 16; ++k) {
       if (first.a_held) {

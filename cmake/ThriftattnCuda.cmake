@@ -79,7 +79,7 @@ function(thriftattn_add_cuda target)
     if(THRIFTATTN_CUDA_ALL OR NOT kernel MATCHES "_(64|192|256)\\.cu$")
       list(APPEND flags ${others})
     endif()
-    if(kernel MATCHES "/append\\.cu$")
+    if(kernel MATCHES "/append(_[0-9]+)?\\.cu$")
       list(APPEND flags --fmad=false)  # the order of operations is the page format
     endif()
     set_source_files_properties(${kernel} PROPERTIES COMPILE_OPTIONS "${flags}")

@@ -1,5 +1,5 @@
 // NVFP4 of one block of 16 elements by one thread: search_block() of formats/nvfp4_scalar.cc, the
-// same codes and scale, without its divisions and comparisons. Included by append.cu alone, which
+// same codes and scale, without its divisions and comparisons. Included by append.cuh alone, which
 // is compiled without contraction; every fused operation here is written out, and exact where the
 // scalar code has two operations.
 //

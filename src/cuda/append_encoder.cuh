@@ -1,5 +1,5 @@
 // One side of a KV head of a sequence, done page by page by a block of threads: what the steps of
-// append_rows.cuh, append_planes.cuh and append_page.cuh share. Included by append.cu alone.
+// append_rows.cuh, append_planes.cuh and append_page.cuh share. Included by append.cuh alone.
 //
 // A thread has 16 columns of two neighbouring rows: whole blocks for the codec, the first level of
 // the mean's tree, and neighbours of the rotation in its registers or in lanes beside it. So a page

@@ -1,6 +1,6 @@
 // MXFP4 and INT3 of a thread's 16 elements, half of a group of 32 whose other half the lane beside
 // it has: the same codes and scales as formats/mxfp4_scalar.cc and formats/int3_scalar.cc. Included
-// by append.cu alone, as append_block.cuh is.
+// by append.cuh alone, as append_block.cuh is.
 //
 // What stands in for what:
 //   MXFP4: x / scale     a product, the scale being a power of two: exact where a code depends on

@@ -1,6 +1,6 @@
 // One page of one KV head's K or V by one block of threads: the step's tokens in open form, and, if
 // the page is full, base, residual, summary and metadata. Byte-equal to src/cache/append.cc and
-// src/cache/page_codec.cc; included by append.cu alone (no contraction of products and sums).
+// src/cache/page_codec.cc; included by append.cuh alone (no contraction of products and sums).
 #pragma once
 
 #include "cuda/append_encoder.cuh"

@@ -1,4 +1,4 @@
-// A page's planes and metadata, byte-equal to src/cache/page_codec.cc; included by append.cu alone (no
+// A page's planes and metadata, byte-equal to src/cache/page_codec.cc; included by append.cuh alone (no
 // contraction of products and sums).
 #pragma once
 

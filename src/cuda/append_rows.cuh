@@ -1,5 +1,5 @@
 // A page's rows: their input, equalised, rotated and in open form, and the mean that is taken off them.
-// Byte-equal to src/cache/append.cc; included by append.cu alone (no contraction of products and sums).
+// Byte-equal to src/cache/append.cc; included by append.cuh alone (no contraction of products and sums).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -77,8 +77,10 @@ if(TARGET thriftattn_engine AND THRIFTATTN_CUBLASLT_INCLUDE)
   thriftattn_add_emulated_test(test_engine_emulated)
 endif()
 
-# Those that take the CPU more than ten seconds are left to `make emulate`.
+# Those that take the CPU more than five seconds are left to `make emulate`, but for two that say most.
 set(long_ones
+  CudaBudget.ManyPages CudaBudget.ScoresOfEveryRange CudaBudget.Shapes CudaBudget.TiesGoToTheLowerPage
+  CudaGroups.LongContextsSkipAndPromote CudaGroups.RunsAreBitwiseEqual TwoDevices.APlanIsForItsDevice
   CudaAppend.GroupsByteEqualOverDataAndTypes CudaAppend.GroupsByteEqualOverShapesAndSteps
   CudaAttend.ChunksOfPages CudaAttend.RunsAreBitwiseEqual CudaAttend.Verify
   CudaBudget.RaggedBatchAndRepeats CudaBudget.VerifyAndLongerSteps

@@ -9,6 +9,14 @@ namespace thriftattn::cuda {
 // 2^e, of -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((127 + e) << 23); }
 
+// On sm_90 and later one lane starts a bulk copy; before, lanes copy 16 bytes each (cp.async), and
+// each lane is an arrival of the same barrier.
+#ifdef THRIFTATTN_SM90
+inline constexpr bool kBulkCopy = true;
+#else
+inline constexpr bool kBulkCopy = false;
+#endif
+
 // For the copies of one stage.
 __device__ inline void barrier_init(uint64_t* bar) { barrier_init(bar, kBulkCopy ? 1 : 32); }
 // Where StageCopy::begin() is no arrival, each lane's own.

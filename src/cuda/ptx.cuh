@@ -17,14 +17,6 @@
 
 namespace thriftattn::cuda {
 
-// On sm_90 and later one lane starts a bulk copy; before, lanes copy 16 bytes each (cp.async), and
-// each lane is an arrival of the same barrier.
-#ifdef THRIFTATTN_SM90
-inline constexpr bool kBulkCopy = true;
-#else
-inline constexpr bool kBulkCopy = false;
-#endif
-
 // ---- numbers
 
 __device__ inline float exp2_approx(float x) {

@@ -2,10 +2,7 @@
 // The bound is that of FP16 queries and FP16 weights with FP32 sums.
 #include <gtest/gtest.h>
 
-#ifdef THRIFTATTN_WITH_CUDA
-#include <cuda_runtime.h>
-#endif
-
+#include "cuda/captured.h"
 #include "cuda/device_case.h"
 
 namespace thriftattn::testing {
@@ -216,37 +213,6 @@ TEST(CudaAttend, SlotsBeyond2To31Bytes) {
 }
 
 #ifdef THRIFTATTN_WITH_CUDA
-// A case's step, captured.
-class Captured {
- public:
-  explicit Captured(DeviceCase& c) : case_(c) {
-    cudaGraph_t graph = nullptr;
-    EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
-    EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    cuda::attend(c.plan(), c.call(), stream_);
-    EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
-    EXPECT_EQ(cudaGraphInstantiate(&exec_, graph, 0), cudaSuccess);
-    cudaGraphDestroy(graph);
-  }
-  ~Captured() {
-    cudaGraphExecDestroy(exec_);
-    cudaStreamDestroy(stream_);
-  }
-  Captured(const Captured&) = delete;
-  Captured& operator=(const Captured&) = delete;
-  DeviceCase::Result replay() {
-    cuda::synchronize(nullptr);
-    EXPECT_EQ(cudaGraphLaunch(exec_, stream_), cudaSuccess);
-    cuda::synchronize(stream_);
-    return case_.read();
-  }
-
- private:
-  DeviceCase& case_;
-  cudaStream_t stream_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
-};
-
 // The first of the lengths is the case's own.
 void replay_lengths(DeviceCase& c, std::vector<int32_t> lengths) {
   const auto longest = c.attend();

@@ -7,10 +7,7 @@
 // the choice must be the CPU's to the page.
 #include <gtest/gtest.h>
 
-#ifdef THRIFTATTN_WITH_CUDA
-#include <cuda_runtime.h>
-#endif
-
+#include "cuda/captured.h"
 #include "cuda/device_case.h"
 #include "precision/budget_rule.h"
 
@@ -432,23 +429,14 @@ TEST(CudaBudget, PagesWithoutResidualAreNoCandidates) {
 TEST(CudaBudget, GraphReplayFollowsTheTables) {
   SKIP_WITHOUT_DEVICE();
   DeviceCase c({decode_options(budget_policy(0.2), 64 * 12 + 30)});
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-  cuda::attend(c.plan(), c.call(), stream);
-  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-  ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  Captured step(c);
   std::vector<uint8_t> before;
   for (const int64_t every : {0, 5, 3}) {
     for (const int32_t length : {64 * 12 + 31, 64 * 12 + 2}) {  // the same open page
       if (every != 0) drop_residuals(c, every);
       c.lengths()[0] = length;
-      cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, stream);
-      ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
-      cuda::synchronize(stream);
-      const auto replayed = c.read();
+      cuda::copy_to_device(c.device_lengths().data(), c.lengths().data(), 4, nullptr);
+      const auto replayed = step.replay();
       const auto direct = c.attend();
       ASSERT_EQ(std::memcmp(replayed.out.data(), direct.out.data(), direct.out.size() * 4), 0) << length;
       EXPECT_EQ(replayed.decisions, direct.decisions);
@@ -459,9 +447,6 @@ TEST(CudaBudget, GraphReplayFollowsTheTables) {
       }
     }
   }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
 }
 #endif
 

@@ -1,13 +1,13 @@
 // The fibers of a block and everything they wait for (emulator.h).
 #include "emulator/emulator.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <random>
-#include <string>
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -41,7 +41,7 @@ struct Meeting {
 
 struct Warp {
   std::unique_ptr<Meeting> meetings[32];  // by the lowest lane of their mask
-  int first = 0, lanes = 0, running = 0;
+  int first = 0, lanes = 0;
 };
 
 struct Gathering {
@@ -97,7 +97,6 @@ void run_thread() {
   Machine& m = machine();
   m.launch->kernel();
   m.running->done = true;
-  --m.running->thread.warp->running;
   --m.block->running;
   moved();
   std::longjmp(m.scheduler, 1);
@@ -135,10 +134,8 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
     t.grid_dim = l.grid;
     t.lane = i % 32;
     t.warp = &block.warps[static_cast<size_t>(i / 32)];
-    t.block = &block;
     if (t.lane == 0) t.warp->first = i;
     ++t.warp->lanes;
-    ++t.warp->running;
     getcontext(&f.first);
     f.first.uc_stack.ss_sp = m.stacks + static_cast<size_t>(i) * kStackBytes;
     f.first.uc_stack.ss_size = kStackBytes;
@@ -179,26 +176,6 @@ void run_block(Machine& m, const Launch& l, uint3 index) {
   if (!block.bulk.empty()) fail("a block ended before its bulk copies");
 }
 
-void run_launch(const Launch& l) {
-  Machine& m = machine();
-  const std::lock_guard lock(m.mutex);
-  const auto threads = static_cast<size_t>(l.block.x * l.block.y * l.block.z);
-  if (m.stacks == nullptr) {
-    m.stacks = static_cast<uint8_t*>(mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (m.stacks == MAP_FAILED) fail("no memory for stacks");
-    m.random.seed(seed());
-  }
-  while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>());
-  m.launch = &l;
-  for (unsigned z = 0; z < l.grid.z; ++z) {
-    for (unsigned y = 0; y < l.grid.y; ++y) {
-      for (unsigned x = 0; x < l.grid.x; ++x) run_block(m, l, {x, y, z});
-    }
-  }
-  m.launch = nullptr;
-}
-
 // [0, 20) arrivals still awaited, [20, 40) of a phase, [40, 63) bytes + 2^22, 63 the phase's parity.
 struct BarrierBits {
   static constexpr uint64_t kCount = (1u << 20) - 1;
@@ -216,7 +193,6 @@ struct BarrierBits {
       awaited = count;
       parity ^= 1;
       completed = true;
-      moved();
     }
     return static_cast<uint64_t>(awaited) | static_cast<uint64_t>(count) << 20 |
            static_cast<uint64_t>(bytes + (1 << 22)) << 40 | parity << 63;
@@ -244,19 +220,11 @@ void finish(const Pending& p) {
 
 // What is on its way to the barrier.
 void finish_for(const uint64_t* bar) {
-  Block& b = *machine().block;
-  std::vector<Pending> rest;
-  std::vector<Pending> all;
-  all.swap(b.bulk);
-  for (const Pending& p : all) {
-    if (p.bar == bar) {
-      finish(p);
-    } else {
-      rest.push_back(p);
-    }
-  }
-  rest.insert(rest.end(), b.bulk.begin(), b.bulk.end());
-  b.bulk = std::move(rest);
+  auto& bulk = machine().block->bulk;
+  const auto first = std::stable_partition(bulk.begin(), bulk.end(),
+                                           [&](const Pending& p) { return p.bar != bar; });
+  std::for_each(first, bulk.end(), finish);
+  bulk.erase(first, bulk.end());
 }
 
 void poison(uint8_t* to, int bytes) { std::memset(to, 0xff, static_cast<size_t>(bytes)); }
@@ -351,7 +319,7 @@ bool block_barrier(int id, int threads, bool value) {
 
 void warpgroup_meet(void* mine, const std::function<void(void* const*)>& work) {
   const Thread& t = here();
-  GroupMeeting& g = t.block->groups[t.index.x / 128];
+  GroupMeeting& g = machine().block->groups[t.index.x / 128];
   const uint32_t generation = g.generation;
   g.given[t.index.x % 128] = mine;
   if (++g.arrived == 128) {
@@ -447,6 +415,24 @@ void arrive_after_copies(uint64_t* bar) {
   moved();
 }
 
-void run(const Launch& l) { run_launch(l); }
+void run(const Launch& l) {
+  Machine& m = machine();
+  const std::lock_guard lock(m.mutex);
+  const auto threads = static_cast<size_t>(l.block.x * l.block.y * l.block.z);
+  if (m.stacks == nullptr) {
+    m.stacks = static_cast<uint8_t*>(mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (m.stacks == MAP_FAILED) fail("no memory for stacks");
+    m.random.seed(seed());
+  }
+  while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>());
+  m.launch = &l;
+  for (unsigned z = 0; z < l.grid.z; ++z) {
+    for (unsigned y = 0; y < l.grid.y; ++y) {
+      for (unsigned x = 0; x < l.grid.x; ++x) run_block(m, l, {x, y, z});
+    }
+  }
+  m.launch = nullptr;
+}
 
 }  // namespace thriftattn::emulator

@@ -20,7 +20,6 @@ namespace thriftattn::emulator {
 
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block, as on sm_90
 
-struct Block;
 struct Warp;
 
 // A copy, or an arrival at a barrier after the copies before it, that waits to be done.
@@ -38,7 +37,6 @@ struct Thread {
   dim3 block_dim, grid_dim;
   int lane = 0;
   Warp* warp = nullptr;
-  Block* block = nullptr;
   std::vector<std::vector<Pending>> groups{1};  // cp.async: committed ones, and the open one
   std::vector<Pending> stores;                  // bulk stores
 };

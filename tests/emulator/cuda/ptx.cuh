@@ -11,12 +11,6 @@
 
 namespace thriftattn::cuda {
 
-#ifdef THRIFTATTN_SM90
-inline constexpr bool kBulkCopy = true;
-#else
-inline constexpr bool kBulkCopy = false;
-#endif
-
 // ---- numbers
 
 inline float exp2_approx(float x) {

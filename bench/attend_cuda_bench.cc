@@ -2,7 +2,7 @@
 // line each: the keys of `thriftattn bench --device cuda` and what only this program shows.
 //   --quick       fewer shapes        --append, --prefill  these rows alone
 //   --only NAME   of the policies, those whose name has this
-//   --profile     a few plain calls of one shape, for a profiler
+//   --profile     a few plain calls of one shape, decode and verify, for a profiler
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -69,7 +69,10 @@ class Program {
 
   void run() {
     if (args_.profile) {
-      bench_.run_plain({.ctx = kLong, .batch = 4, .entries = {entry("thrifty")}}, 3);
+      for (const int64_t queries : {1, 8}) {
+        bench_.run_plain(
+            {.ctx = kLong, .queries = queries, .batch = 4, .entries = {entry("thrifty")}}, 3);
+      }
       return;
     }
     if (!args_.prefill) append_rows();

@@ -95,9 +95,7 @@ __device__ void DecodeWarp<D, NT, Shared>::leave(float* to) const {
 }
 
 template <int D, int NT, bool kGroups>
-__global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
-                                               : D <= 128          ? 2
-                                                                   : 1)
+__global__ void __launch_bounds__(32 * kWarps, decode_blocks(D, NT))
     attend_decode(const __grid_constant__ AttendArgs a) {
   THRIFTATTN_DYNAMIC_SHARED(uint8_t, shared_bytes, 128);
   using Shared = BlockShared<D, NT, kGroups>;
@@ -113,8 +111,12 @@ __global__ void __launch_bounds__(32 * kWarps, NT == 1 && D <= 128 ? 3
   int splits;
   {
     const TileView v = tile_view(a, seq, tile);
-    splits = static_cast<int>(splits_of(v.items, a.split_rule));
-    if (split >= splits) return wait_for_previous_kernel();  // so that kernels end in their order
+    splits = splits_by_batch(a, v.items);
+    if (split >= splits) {
+      // One block a sequence and head waits, so that kernels end in their order.
+      if (split == 0) wait_for_previous_kernel();
+      return;
+    }
     if (threadIdx.x == 0) shared.rows.view = v;
   }
   __syncthreads();

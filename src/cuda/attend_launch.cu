@@ -22,6 +22,7 @@ AttendArgs make_attend_args(const AttendPlan::State& plan, const AttendCall& cal
   a.split_rule = plan.split_rule;
   a.multiprocessors = plan.multiprocessors;
   a.slots = plan.slots;
+  a.resident = plan.resident;
   a.batch_invariant = plan.limits.batch_invariant;
   a.open_by_block = plan.planes && plan.n_tiles == 1 && call.config.softcap == 0;
   a.prefill = call.config.mode == AttendMode::prefill;

@@ -163,9 +163,36 @@ __device__ inline void wait_for_units(const UnitTable& t) {
   }
 }
 
-// Splits of a sequence with `items` items, of whichever kernel walked them.
+// Splits of a sequence with `items` items where blocks take one each (attend_decode): in pieces of which
+// the whole batch has as many as blocks are resident, or a small multiple where that ends sooner. By
+// a whole warp, from the lengths on the device; windows are not looked at.
+__device__ inline int splits_by_batch(const AttendArgs& a, int items) {
+  if (a.batch_invariant || items == 0) return static_cast<int>(splits_of(items, a.split_rule));
+  constexpr int kRounds = 8;
+  const int lane = threadIdx.x % 32, batch = static_cast<int>(a.limits.batch);
+  const int across = a.g.kv_heads * a.row_tiles;
+  float pages = 0;  // rounded: of the batch
+  for (int b = lane; b < batch; b += 32)
+    pages += static_cast<float>((a.call.tables.lengths[b] + kPage - 1) / kPage);
+  for (int step = 16; step > 0; step /= 2) pages += __shfl_xor_sync(~0u, pages, step);
+  // Each lane looks at so many rounds: each (sequence, KV head) has a piece that is not full.
+  const int rounds = lane + 1, pieces = rounds * a.resident - batch * across;
+  int cost = INT32_MAX, size = 0;
+  if (lane < kRounds && pieces > 0) {
+    const float even = pages * static_cast<float>(across) / static_cast<float>(pieces);
+    size = max(kLeastPlaces, static_cast<int>(fminf(even, kMostPlaces)) + 1);
+    cost = rounds * (size + kUnitCost);
+  }
+  const int least = __reduce_min_sync(~0u, cost);
+  if (least == INT32_MAX) return static_cast<int>(splits_of(items, a.split_rule));
+  const int best = __ffs(static_cast<int>(__ballot_sync(~0u, cost == least))) - 1;
+  size = __shfl_sync(~0u, size, best);
+  return min(a.splits, (items + size - 1) / size);
+}
+
+// Splits of a sequence with `items` items, of whichever kernel walked them; by a whole warp.
 __device__ inline int splits_of_sequence(const AttendArgs& a, int seq, int items) {
-  if (a.slots == 0) return static_cast<int>(splits_of(items, a.split_rule));
+  if (a.slots == 0) return splits_by_batch(a, items);
   const int32_t* starts = workspace_at<const int32_t>(a, a.ws.unit_starts);
   return (starts[seq + 1] - starts[seq]) / (a.g.kv_heads * a.row_tiles);
 }

@@ -142,6 +142,7 @@ AttendPlan::AttendPlan(const LayerShape& shape, const LayerPolicy& policy,
     }
   }
   if (s->planes) s->slots = s->multiprocessors * planes_blocks(s->geometry.k.dim, s->n_tiles);
+  s->resident = s->multiprocessors * decode_blocks(s->geometry.k.dim, s->n_tiles);
   s->workspace = lay_out(*s);
   state_ = std::move(s);
 }
@@ -159,7 +160,7 @@ std::string AttendPlan::explain() const {
       "{}: sm_{}{}, tile of {} query rows x head_dim {}, {} tiles a KV head, up to {} splits "
       "of at least {} pages, K {}, V {}{}, workspace {:.1f} MB",
       kernel, s.major, s.minor, 8 * s.n_tiles, s.shape.head_dim_k, s.row_tiles, s.splits,
-      (s.planes || s.split_rule.few_splits > 1) && !s.limits.batch_invariant ? kLeastPlaces : s.split_rule.min_items,
+      s.limits.batch_invariant ? s.split_rule.min_items : kLeastPlaces,
       to_string(s.policy.k_format), to_string(s.policy.v_format), explain_budget(s.geometry),
       static_cast<double>(s.workspace.bytes) * 1e-6);
   if (s.limits.step_tokens <= kMaxPositions) return decode;

@@ -19,14 +19,18 @@ namespace thriftattn::cuda {
 inline constexpr int64_t kMaxPositions = 16;
 // Splits that depend on the sequence's own items only (DESIGN section 11): min_items pages or more in
 // one, at most max_splits of them; but few_splits where there are kLeastPlaces pages for each.
-// Where batch_invariant is not asked for, attend_planes goes by the whole batch instead
-// (attend_units.cuh), and the plans of the other kernels have as many few_splits as make kDecodeBlocks
-// blocks a multiprocessor. The newest page, in open form, takes as long as open_items others.
+// Where batch_invariant is not asked for, kernels go by the whole batch instead (attend_units.cuh), and
+// the plans of those but attend_planes have as many few_splits as make kDecodeBlocks blocks a
+// multiprocessor. The newest page, in open form, takes as long as open_items others.
 struct SplitRule {
   int32_t min_items = 32, max_splits = 48, few_splits = 1, open_items = 1;
 };
 inline constexpr SplitRule kDecodeSplits{32, 48, 1, 1}, kPlanesSplits{43, 48, 12, 16};
 inline constexpr int64_t kDecodeBlocks = 3;
+// Blocks of attend_decode on an SM, as registers allow.
+THRIFTATTN_HOST_DEVICE constexpr int decode_blocks(int dim, int n_tiles) {
+  return dim > 128 ? 1 : n_tiles == 1 ? 3 : 2;
+}
 inline constexpr int kLeastPlaces = 8;
 // attend_prepare takes the pages of a sequence in at most kPageChunks chunks, each of which leaves a floor
 // a row; a chunk is 16 pages a warp, or a multiple of that. More rows have wider blocks.
@@ -105,6 +109,7 @@ struct AttendPlan::State {
   int major = 0, minor = 0;
   int multiprocessors = 1;
   int slots = 0;        // blocks of attend_planes that the device holds at a time
+  int resident = 0;     // of attend_decode
   bool planes = false;  // attend_planes, for two NVFP4 sides; else attend_decode or attend_groups
   SplitRule split_rule;
   int n_tiles = 1;      // mma tiles of 8 query rows in a block: 1, 2 or 4

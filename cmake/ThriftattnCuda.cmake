@@ -8,6 +8,7 @@ set_property(CACHE THRIFTATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
 option(THRIFTATTN_CUDA_ALL "Compile every CUDA target for every head_dim" OFF)
 set(THRIFTATTN_CUDA_OTHERS 80 89 120 CACHE STRING
     "Compute capabilities to compile for besides 9.0a; empty for a build for Hopper alone")
+option(THRIFTATTN_ARRIVE_EACH "For compute-sanitizer's racecheck: every lane arrives where warps meet" OFF)
 set(thriftattn_cuda_least 12.8)  # sm_120
 
 set(THRIFTATTN_WITH_CUDA OFF)
@@ -72,6 +73,9 @@ function(thriftattn_add_cuda target)
   target_compile_definitions(thriftattn_kernels PRIVATE THRIFTATTN_WITH_CUDA)
   target_compile_options(thriftattn_kernels PRIVATE
     --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers)
+  if(THRIFTATTN_ARRIVE_EACH)
+    target_compile_definitions(thriftattn_kernels PRIVATE THRIFTATTN_ARRIVE_EACH)
+  endif()
   set_target_properties(thriftattn_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
   thriftattn_cuda_others(others)
   foreach(kernel IN LISTS kernels)

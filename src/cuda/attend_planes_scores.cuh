@@ -69,7 +69,7 @@ class ScoreWarp : PageScores<D, NT, TeamShared<D, NT>> {
     copy.begin(bytes);
     if (bytes != 0) copy.copy(s.v[slot] + skipped, 0, from + skipped, 0, bytes, 1);
     copy.end();
-    barrier_arrive_each(&s.full[slot]);
+    barrier_arrive_rest(&s.full[slot], lane);
     ++at.entry;
   }
   // Each row's numbers, from the lanes that hold its columns.

@@ -81,8 +81,8 @@ __device__ void init_team(TeamShared<D, NT>& s, int lane) {
   if (lane == 0) {
     for (int i = 0; i < Shape::kPlaneStages; ++i) barrier_init(&s.plane_bar[i]);
     for (int i = 0; i < Shape::kSlots; ++i) {
-      barrier_init(&s.full[i], kBulkCopy ? 1 : 64);
-      barrier_init(&s.empty[i], 1);
+      barrier_init(&s.full[i], kStageArrivals);
+      barrier_init(&s.empty[i], kWarpArrivals);
     }
   }
   DecodeWarp<D, NT, TeamShared<D, NT>>::init(s, lane);

@@ -43,8 +43,7 @@ class ValueWarp {
 
  private:
   __device__ void release(int slot) {
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(&s_.empty[slot]);
+    barrier_arrive_warp(&s_.empty[slot], lane_);
   }
   // A lane's columns of what is given a row.
   __device__ void columns(const float* rows, float (&to)[2 * NT]) const {

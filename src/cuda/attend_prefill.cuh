@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(prefill_threads(prefill_fillers<D, kMade>()), 
         // Of copies: one arrival with the bytes, one with what else attending warps need.
         barrier_init(&shared.k_full[i], kMade ? 2 : 128);
         barrier_init(&shared.v_full[i], kMade ? 1 : 128);
-        barrier_init(&shared.k_empty[i], 8);
-        barrier_init(&shared.v_empty[i], 8);
+        barrier_init(&shared.k_empty[i], 8 * kWarpArrivals);
+        barrier_init(&shared.v_empty[i], 8 * kWarpArrivals);
       }
       if (kMade) fence_barrier_init();
     }

@@ -198,8 +198,7 @@ template <int D, int kFillers>
 __device__ bool PrefillRows<D, kFillers>::weigh_page(PrefillShared& shared, PageTerms& terms,
                                                      int stage, float (&s)[8][4],
                                                      float (&move)[2]) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(&shared.k_empty[stage]);
+  barrier_arrive_warp(&shared.k_empty[stage], threadIdx.x % 32);
   if (terms.masked) mask(s, terms.factor, terms.offset, terms.page);
   return weigh(s, terms.factor, terms.offset, move);
 }
@@ -232,8 +231,7 @@ __device__ void PrefillRows<D, kFillers>::run(PrefillShared& shared, const Tiles
 #pragma unroll
     for (int part = 0; part < kTiles; ++part) {
       if (part > 0) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&shared.k_empty[keys.stage]);
+        barrier_arrive_warp(&shared.k_empty[keys.stage], lane);
         keys.next(a_.stages);
       }
       barrier_wait(&shared.k_full[keys.stage], keys.parity);
@@ -271,15 +269,13 @@ __device__ void PrefillRows<D, kFillers>::run(PrefillShared& shared, const Tiles
       products_wait<0>();
       hold_values<D>(p, o_);
       end_scores(s);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.v_empty[values.stage]);
+      barrier_arrive_warp(&shared.v_empty[values.stage], lane);
     } else {
       barrier_wait(&shared.v_full[values.stage], values.parity);
       begin_values<D>(p, tiles.v + values.stage * kTile, o_);
       products_wait<0>();
       hold_values<D>(p, o_);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.v_empty[values.stage]);
+      barrier_arrive_warp(&shared.v_empty[values.stage], lane);
       scores();
       terms = page_terms(shared, n, keys.stage);
       moved = weigh_page(shared, terms, keys.stage, s, move);

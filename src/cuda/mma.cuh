@@ -19,9 +19,25 @@ inline constexpr bool kBulkCopy = false;
 
 // For the copies of one stage.
 __device__ inline void barrier_init(uint64_t* bar) { barrier_init(bar, kBulkCopy ? 1 : 32); }
-// Where StageCopy::begin() is no arrival, each lane's own.
-__device__ inline void barrier_arrive_each(uint64_t* bar) {
-  if constexpr (!kBulkCopy) barrier_arrive(bar);
+// How many lanes of a warp arrive where warps meet. One does, after __syncwarp(); compute-sanitizer's
+// racecheck does not see what other lanes did before that, so in a build for it all do.
+#ifdef THRIFTATTN_ARRIVE_EACH
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+__device__ inline void barrier_arrive_warp(uint64_t* bar, int lane) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || lane == 0) barrier_arrive(bar);
+}
+// The arrivals of a warp of which StageCopy::begin() is none, kStageArrivals with it.
+inline constexpr int kStageArrivals = kBulkCopy ? kWarpArrivals : 64;
+__device__ inline void barrier_arrive_rest(uint64_t* bar, [[maybe_unused]] int lane) {
+  if constexpr (!kBulkCopy) {
+    barrier_arrive(bar);
+  } else if constexpr (kWarpArrivals == 32) {
+    if (lane != 0) barrier_arrive(bar);
+  }
 }
 
 // The copies of one stage: begin(bytes), any number of copy(), end(). By the whole warp.

@@ -69,7 +69,10 @@ done
 shopt -s nullglob
 fuzzers=(build/asan/fuzz/*_fuzz)
 if [ ${#fuzzers[@]} -gt 0 ]; then
+  # All at once, so long that they have fuzz_seconds of the cores together.
+  together=$((jobs < ${#fuzzers[@]} ? jobs : ${#fuzzers[@]}))
   step "fuzz ($fuzz_seconds s over ${#fuzzers[@]} targets)"
+  pids=()
   for fuzzer in "${fuzzers[@]}"; do
     name=$(basename "$fuzzer")
     corpus=build/asan/corpus/$name
@@ -78,10 +81,15 @@ if [ ${#fuzzers[@]} -gt 0 ]; then
     [ -d "tests/fuzz/corpus/$name" ] && seeds=("tests/fuzz/corpus/$name")
     dict=()
     [ -f "tests/fuzz/$name.dict" ] && dict=("-dict=tests/fuzz/$name.dict")
-    if "$fuzzer" "${dict[@]}" -max_total_time=$(((fuzz_seconds + ${#fuzzers[@]} - 1) / ${#fuzzers[@]})) \
-        -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=1 \
-        -artifact_prefix="build/asan/artifacts/$name-" "$corpus" "${seeds[@]}" \
-        >"build/asan/$name.log" 2>&1; then
+    "$fuzzer" "${dict[@]}" -max_total_time=$(((fuzz_seconds + together - 1) / together)) \
+      -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=1 \
+      -artifact_prefix="build/asan/artifacts/$name-" "$corpus" "${seeds[@]}" \
+      >"build/asan/$name.log" 2>&1 &
+    pids+=($!)
+  done
+  for i in "${!fuzzers[@]}"; do
+    name=$(basename "${fuzzers[$i]}")
+    if wait "${pids[$i]}"; then
       passed=$((passed + 1))
       echo "$name: $(sed -n 's/^stat::number_of_executed_units: *//p' "build/asan/$name.log") inputs"
     else

@@ -47,11 +47,3 @@ if(THRIFTATTN_FUZZ)
   set_source_files_properties(${fuzzed_sources} PROPERTIES COMPILE_OPTIONS
                               -fsanitize=fuzzer-no-link)
 endif()
-
-# Headers that most sources of `target` include are parsed once, where no compiler cache does more (ccache
-# does not look into them). Each source still includes what it needs.
-function(thriftattn_precompile target)
-  if(NOT CCACHE_PROGRAM)
-    target_precompile_headers(${target} PRIVATE ${ARGN})
-  endif()
-endfunction()

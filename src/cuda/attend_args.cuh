@@ -23,7 +23,7 @@ struct AttendArgs {
   int32_t multiprocessors = 1;
   int32_t slots = 0;            // of attend_planes: its blocks at a time; 0: attend_decode
   int32_t resident = 0;         // of attend_decode: its blocks at a time
-  int32_t batch_invariant = 0;  // of attend_planes
+  int32_t batch_invariant = 0;
   int32_t prefill = 0, causal = 1;
   // Of attend_prefill: stages of its ring, and whether FP16 may not hold all digits of q'.
   int32_t stages = 0, two_terms = 0;

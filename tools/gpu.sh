@@ -2,8 +2,9 @@
 # tools/gpu.sh test|sanitize|bench: what needs an NVIDIA GPU, on the machine it is on. `test` runs the GPU
 # tests, which fail here where there is no device; `sanitize [TOOL [GTEST_FILTER]]` runs each test of
 # the kernels under compute-sanitizer (memcheck; racecheck has a build of its own, docs/testing.md), eight
-# at a time and THRIFTATTN_SANITIZE_SECONDS (300) each at most, logs in out/sanitize/; `bench` writes out/gpu-bench.jsonl (and PyTorch's SDPA on
-# the same shapes where it is installed), with date, device, driver and commit on top.
+# at a time and THRIFTATTN_SANITIZE_SECONDS (300) each at most, logs in out/sanitize/; `bench` writes
+# out/gpu-bench.jsonl (and PyTorch's SDPA on the same shapes where it is installed), with date, device,
+# driver and commit on top.
 set -eu
 cd "$(dirname "$0")/.."
 if ! command -v nvidia-smi >/dev/null; then
